@@ -1,0 +1,25 @@
+"""Every error that prunelab raises on purpose, so that one ``except`` catches them all."""
+
+
+class PruneLabError(Exception):
+    """Base of all errors of prunelab; the message names the culprit and what to do."""
+
+
+class TraceError(PruneLabError):
+    """The model could not be traced, or a parameter that was asked for is not in the trace."""
+
+
+class BudgetError(PruneLabError, ValueError):
+    """A budget, ratio or other option is outside its range, or cannot be met."""
+
+
+class BatchError(PruneLabError):
+    """A batch does not fit the model: its structure, shape, device or values."""
+
+
+class PlanError(PruneLabError):
+    """A plan does not fit the model it is applied to."""
+
+
+class DataError(PruneLabError):
+    """A data set, checkpoint or saved model is missing, damaged or of another kind."""
