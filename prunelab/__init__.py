@@ -1,0 +1,49 @@
+"""prunelab: learn second-order pruning by running it, and prune your own model in five lines.
+
+    graph  = pl.trace(model, example_inputs)     # which slices go together
+    scores = pl.criteria.get("taylor")(graph, batches)
+    plan   = pl.plan(scores, flops=0.5)          # what goes, as plain data
+    small  = pl.apply(model, plan)               # your own class, smaller
+    pl.save(small, "small.safetensors")
+"""
+
+from prunelab import criteria, data, zoo
+from prunelab.cost import Cost, Latency, count, latency
+from prunelab.criteria import Scores
+from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
+from prunelab.io import load, save
+from prunelab.plan import Plan, plan
+from prunelab.pruning import Report, prune
+from prunelab.surgery import apply, masked
+from prunelab.trace import DependencyGraph, Group, Member, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "BudgetError",
+    "Cost",
+    "DataError",
+    "DependencyGraph",
+    "Group",
+    "Latency",
+    "Member",
+    "Plan",
+    "PlanError",
+    "PruneLabError",
+    "Report",
+    "Scores",
+    "TraceError",
+    "apply",
+    "count",
+    "criteria",
+    "data",
+    "latency",
+    "load",
+    "masked",
+    "plan",
+    "prune",
+    "save",
+    "trace",
+    "zoo",
+]

@@ -1,0 +1,145 @@
+"""What a model costs: FLOPs, parameters, bytes, seconds.
+
+Flows in: a model and example inputs.  Flows out: a ``Cost``, counted on tensors without data, or a measured latency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunelab import fakes
+from prunelab.axes import fold
+from prunelab.batches import call
+from prunelab.errors import BatchError
+from prunelab.trace import DependencyGraph
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass costs.
+
+    Attributes:
+        flops: floating-point operations of convolutions, matrix products and attention for the given inputs, one
+            multiply-add counted as 2.
+        params: number of parameters, tied ones once.
+        bytes: size of parameters and buffers in memory.
+    """
+
+    flops: int
+    params: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the cost as plain data."""
+        return asdict(self)
+
+
+def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[-2] * (width + value[-1])
+
+
+_MISSING_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+
+
+def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
+    """Count what one forward pass of ``model`` costs, without computing it.
+
+    Args:
+        model: any module; counted in eval mode, left as it is.
+        example_inputs: a tensor, a tuple or a dict; FLOPs are those of this batch.
+
+    Raises:
+        BatchError: the model cannot take the inputs.
+
+    >>> count(nn.Linear(3, 4), torch.ones(2, 3))
+    Cost(flops=48, params=16, bytes=64)
+    """
+    mode = fakes.fake_mode()
+    copy = fakes.fake_model(model, mode).eval()
+    args, kwargs = fakes.fake_inputs(example_inputs, mode)
+    counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FLOPS)
+    try:
+        with torch.no_grad(), mode, counter:
+            copy(*args, **kwargs)
+    except Exception as error:
+        raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error
+    tensors = [*model.parameters(), *model.buffers()]
+    return Cost(
+        flops=int(counter.get_total_flops()),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured time of one forward pass.
+
+    Attributes:
+        median: seconds.
+        spread: seconds between the first and the third quartile.
+    """
+
+    median: float
+    spread: float
+
+
+@torch.no_grad()
+def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 1.0) -> Latency:
+    """Measure one forward pass of ``model`` in eval mode, on its own device and with the current number of threads.
+
+    Args:
+        model: any module, left in the mode it is in.
+        example_inputs: what to call it with, on the model's device.
+        seconds: how long to go on measuring.
+
+    Raises:
+        BatchError: the model cannot take the inputs.
+    """
+    training = model.training
+    model.eval()
+    try:
+        call(model, example_inputs)
+        timer = Timer(
+            "call(model, inputs)",
+            globals={"call": call, "model": model, "inputs": example_inputs},
+            num_threads=torch.get_num_threads(),
+        )
+        measured = timer.blocked_autorange(min_run_time=seconds)
+    finally:
+        model.train(training)
+    return Latency(median=measured.median, spread=measured.iqr)
+
+
+class CostModel:
+    """What a traced model costs when only some units are kept, without cutting it.
+
+    The FLOPs of every operator are a product of axis sizes, so they follow from the number of kept units alone.
+    """
+
+    def __init__(self, graph: DependencyGraph) -> None:
+        self._leaf_of = {group.name: id(group.axis) for group in graph.groups}
+        self._flops = graph.flop_terms
+        names = {name for name, _ in graph.model.named_parameters()}
+        self._params = [(1, tuple(dim.axis for dim in dims)) for name, dims in graph.dims.items() if name in names]
+
+    def __call__(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Return ``flops`` and ``params`` for a number of kept units by group name; groups not named are whole."""
+        sizes = {self._leaf_of[name]: number for name, number in kept.items()}
+
+        def size(axis: Any) -> int:
+            return fold(axis, lambda part: sizes.get(id(part), part.size), math.prod, sum)
+
+        def total(terms: list) -> int:
+            return sum(constant * math.prod(size(axis) for axis in axes) for constant, axes in terms)
+
+        return {"flops": total(self._flops), "params": total(self._params)}

@@ -1,0 +1,35 @@
+"""One criterion per module, all in one table: ``get("taylor", multivariable=True)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunelab.criteria.base import Criterion, Scores
+from prunelab.criteria.magnitude import Magnitude
+from prunelab.criteria.random import Random
+from prunelab.criteria.taylor import Taylor
+from prunelab.errors import PruneLabError
+
+CRITERIA: dict[str, type[Criterion]] = {"random": Random, "magnitude": Magnitude, "taylor": Taylor}
+
+__all__ = ["CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "Taylor", "get", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that ``get`` knows."""
+    return tuple(CRITERIA)
+
+
+def get(name: str, **options: Any) -> Criterion:
+    """Return a criterion by name, with options.
+
+    Raises:
+        PruneLabError: there is no such criterion or option; the message lists what there is.
+    """
+    if name not in CRITERIA:
+        raise PruneLabError(f"There is no criterion {name!r}; there are {', '.join(CRITERIA)}.")
+    try:
+        return CRITERIA[name](**options)
+    except TypeError as error:
+        known = ", ".join(CRITERIA[name].__dataclass_fields__)  # type: ignore[attr-defined]
+        raise PruneLabError(f"Criterion {name!r}: {error}; its options are {known}.") from error

@@ -1,0 +1,161 @@
+"""What all criteria share: the scores they return, and how numbers per weight become numbers per unit.
+
+Removing unit u sets its slices to zero, δ = −θ on S_u, and changes the loss by ΔL(u) ≈ gᵀδ + ½ δᵀHδ.  Every criterion is
+a choice of which of these terms to keep, which curvature to put for H, and in which basis.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.batches import Batches
+from prunelab.errors import BudgetError, PlanError
+from prunelab.trace import DependencyGraph, Group, Member
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[Group, Tensor]):
+    """One number per prunable unit; higher means costlier to remove.
+
+    Attributes:
+        graph: the dependency graph whose units are scored.
+        by_name: group name -> float32 ``[group.size]`` on the CPU.
+        criterion: what computed them.
+    """
+
+    graph: DependencyGraph
+    by_name: Mapping[str, Tensor]
+    criterion: str
+
+    def __post_init__(self) -> None:
+        for group in self.graph.groups:
+            score = self.by_name.get(group.name)
+            if score is None or tuple(score.shape) != (group.size,):
+                found = "none" if score is None else list(score.shape)
+                raise PlanError(f"Scores of group `{group.name}` have shape {found}; its units are {group.size}.")
+            if score.isnan().any():
+                raise PlanError(f"`{self.criterion}` gave no number for some units of group `{group.name}`.")
+
+    def __getitem__(self, group: Group | str) -> Tensor:
+        return self.by_name[group if isinstance(group, str) else group.name]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.graph.groups)
+
+    def __len__(self) -> int:
+        return len(self.graph.groups)
+
+
+class Criterion(ABC):
+    """A way to score units: ``criterion(graph, batches) -> Scores``."""
+
+    @abstractmethod
+    def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
+        """Return the score of every unit of every group of ``graph``."""
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
+
+def sum_by_unit(values: Tensor, member: Member, size: int) -> Tensor:
+    """Sum a tensor like the member's parameter over everything that belongs to the same unit, to ``[size]``."""
+    rows = values.movedim(member.dim, 0).reshape(values.shape[member.dim], -1).sum(1)
+    owned = member.unit.to(rows.device) >= 0
+    return rows.new_zeros(size).index_add_(0, member.unit.to(rows.device)[owned], rows[owned])
+
+
+@dataclass
+class GroupwiseCriterion(Criterion):
+    """Scores every member on its own, then reduces over the members and normalises over the units of the group.
+
+    Args:
+        group_reduction: over the members that share a unit: ``"mean"``, ``"sum"``, ``"max"``, ``"prod"``, ``"first"``
+            (the first producer) or ``"gate"`` (the last norm or scale, else the last member).
+        normalizer: over the units of a group: ``"none"``, ``"mean"``, ``"sum"``, ``"max"``, ``"standardization"`` (to
+            [0, 1]), ``"gaussian"`` (zero mean, unit deviation) or ``"lamp"`` (share of all that is not smaller).
+        target_types: only parameters of modules of these types count; all by default.
+        bias: whether biases count.
+
+    Source: names and meaning of the options as in Torch-Pruning (Fang et al. 2023, *DepGraph*); LAMP from Lee et al.
+    2021, equation 1.
+    """
+
+    group_reduction: str = "mean"
+    normalizer: str = "mean"
+    target_types: Sequence[type[nn.Module]] | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.normalizer == "standarization":  # the spelling that Torch-Pruning's users know
+            self.normalizer = "standardization"
+        for option, table in (("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
+            if getattr(self, option) not in table:
+                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(table)}.")
+
+    def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
+        """Return ``[size]``: the score of every unit on one member, from values per weight."""
+        return sum_by_unit(values[member.name], member, size)
+
+    def reduce(self, graph: DependencyGraph, values: Mapping[str, Tensor]) -> Scores:
+        """Turn values per weight (parameter name -> tensor like it) into scores per unit."""
+        scores = {}
+        for group in graph.groups:
+            members = self._counted(graph.model, group)
+            rows = [self.member_scores(values, member, group.size).float().cpu() for member in members]
+            reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [member.role for member in members])
+            scores[group.name] = NORMALIZERS[self.normalizer](reduced)
+        return Scores(graph, scores, str(self))
+
+    def _counted(self, model: nn.Module, group: Group) -> list[Member]:
+        parameters = dict(model.named_parameters())
+        members = [member for member in group.members if member.name in parameters]
+        chosen = [
+            member
+            for member in members
+            if (self.bias or not member.name.endswith("bias")) and self._is_target(model, member.name)
+        ]
+        return chosen or members
+
+    def _is_target(self, model: nn.Module, name: str) -> bool:
+        if self.target_types is None:
+            return True
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), tuple(self.target_types))
+
+
+def _first(rows: Tensor, roles: list[str]) -> Tensor:
+    return rows[roles.index("produces") if "produces" in roles else 0]
+
+
+def _gate(rows: Tensor, roles: list[str]) -> Tensor:
+    return rows[len(roles) - 1 - roles[::-1].index("carries") if "carries" in roles else -1]
+
+
+REDUCTIONS: dict[str, Callable[[Tensor, list[str]], Tensor]] = {
+    "mean": lambda rows, _: rows.mean(0),
+    "sum": lambda rows, _: rows.sum(0),
+    "max": lambda rows, _: rows.amax(0),
+    "prod": lambda rows, _: rows.prod(0),
+    "first": _first,
+    "gate": _gate,
+}
+
+
+def _lamp(score: Tensor) -> Tensor:
+    order = score.argsort(descending=True)
+    return torch.empty_like(score).index_copy_(0, order, score[order] / score[order].cumsum(0).clamp_min(1e-30))
+
+
+NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda score: score,
+    "mean": lambda score: score / score.mean().clamp_min(1e-30),
+    "sum": lambda score: score / score.sum().clamp_min(1e-30),
+    "max": lambda score: score / score.max().clamp_min(1e-30),
+    "standardization": lambda score: (score - score.min()) / (score.max() - score.min()).clamp_min(1e-30),
+    "gaussian": lambda score: (score - score.mean()) / score.std(correction=0).clamp_min(1e-30),
+    "lamp": _lamp,
+}

@@ -1,0 +1,27 @@
+"""Random: the baseline that every criterion has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prunelab.batches import Batches
+from prunelab.criteria.base import Criterion, Scores
+from prunelab.trace import DependencyGraph
+
+
+@dataclass
+class Random(Criterion):
+    """Score every unit by a number drawn uniformly from [0, 1).
+
+    Args:
+        seed: two calls with the same seed give the same scores.
+    """
+
+    seed: int = 0
+
+    def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
+        """Return the scores; ``batches`` are not looked at."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return Scores(graph, {group.name: torch.rand(group.size, generator=generator) for group in graph.groups}, str(self))

@@ -1,0 +1,55 @@
+"""The mean gradient of the loss, the first-order term of every criterion.
+
+Flows in: a model and batches.  Flows out: ``E[∂ℓ/∂w]`` by parameter name.  Notebook 03_taylor derives its use.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunelab.batches import Batches, Loss, call, checked
+from prunelab.errors import BatchError
+
+
+def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss over all samples, ``g = E[∂ℓ/∂w]``, in eval mode.
+
+    The model's own ``grad`` fields and mode stay as they were.  Cost: one forward and one backward pass over the data.
+
+    Args:
+        model: the network.
+        batches: pairs ``(inputs, targets [B, …])``.
+        loss: ``loss(outputs, targets)``, a mean over the samples.
+
+    Returns:
+        One tensor like each parameter; zeros for a parameter that the loss does not depend on.
+
+    Raises:
+        BatchError: the batches do not fit the model, or a gradient is not finite.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    training, seen = model.training, 0
+    model.eval()
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        for number, (inputs, targets) in enumerate(checked(model, batches, "the gradient")):
+            with torch.enable_grad():
+                value = loss(call(model, inputs), targets)
+                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if not gradient.isfinite().all():
+                    raise BatchError(f"The gradient of `{name}` is not finite in batch {number}: check its inputs.")
+                total[name] += gradient * len(targets)
+            seen += len(targets)
+    finally:
+        model.train(training)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(flags[name])
+    return {name: value / seen for name, value in total.items()}

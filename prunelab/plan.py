@@ -1,0 +1,304 @@
+"""From scores to a plan: which units go, so that a budget is met.
+
+Flows in: ``Scores`` and a budget.  Flows out: a ``Plan``, plain data that names parameters and units, nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from prunelab.cost import CostModel
+from prunelab.criteria.base import Scores
+from prunelab.errors import BudgetError, PlanError
+from prunelab.trace import Group
+
+FORMAT = 1
+TOLERANCE = 0.01
+"""How far below its budget a plan may end before a better fit is looked for."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The units that go from one group.
+
+    Attributes:
+        group: the group's name.
+        size: how many units it has.
+        removed: which of them go, sorted.
+        members: ``[parameter, dimension]`` of everything that is cut along.
+    """
+
+    group: str
+    size: int
+    removed: tuple[int, ...]
+    members: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes, as plain data.
+
+    Attributes:
+        cuts: one per group that loses units.
+        inputs: shapes and types of the example inputs, to trace the model again.
+        budget: what was asked for, and the shares of FLOPs and parameters that are kept.
+    """
+
+    cuts: tuple[Cut, ...]
+    inputs: Any
+    budget: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """Group name -> removed units."""
+        return {cut.group: cut.removed for cut in self.cuts}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
+        return json.dumps({"format": FORMAT} | asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PlanError: the text is no plan, or of a later format.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise PlanError(f"The plan has format {data['format']}, this version reads {FORMAT}: update prunelab.")
+            cuts = tuple(
+                Cut(
+                    str(cut["group"]),
+                    int(cut["size"]),
+                    tuple(sorted(int(unit) for unit in cut["removed"])),
+                    tuple((str(name), int(dim)) for name, dim in cut["members"]),
+                )
+                for cut in data["cuts"]
+            )
+            return cls(cuts, data["inputs"], dict(data["budget"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"This is not a plan of prunelab: {error!r}.") from error
+
+    def __repr__(self) -> str:
+        units = sum(len(cut.removed) for cut in self.cuts)
+        kept = ", ".join(f"{self.budget['kept'][key]:.1%} of the {key}" for key in self.budget.get("kept", {}))
+        return f"Plan(removes {units} units from {len(self.cuts)} groups{kept and '; keeps ' + kept})"
+
+
+def plan(
+    scores: Scores,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    ratio: float | None = None,
+    scope: Literal["global", "layer", "isomorphic"] = "global",
+    max_ratio: float = 0.9,
+    round_to: int | None = None,
+    ignore: Iterable[str | nn.Module] = (),
+    overrides: Mapping[str, float] | None = None,
+) -> Plan:
+    """Choose the units to remove: those of lowest score, until a budget is met.
+
+    Args:
+        scores: from a criterion.
+        flops: share of the FLOPs that is kept, in (0, 1); or
+        params: share of the parameters that is kept; or
+        ratio: share of all units that is removed. Exactly one of the three.
+        scope: rank ``"global"``-ly over all groups; remove the same share of every ``"layer"``; or rank within groups
+            of the same topology (``"isomorphic"``) and remove the same share of each class.
+        max_ratio: the largest share that any group may lose; one unit always stays.
+        round_to: keep a multiple of this many units in every group.
+        ignore: names or modules whose parameters stay whole.
+        overrides: group name -> share removed from that group, instead of what the ranking says.
+
+    Returns:
+        A plan whose FLOPs or parameters are at most the budget, within 1 % of it where units allow.
+
+    Raises:
+        BudgetError: an option is out of its range, no or several budgets are given, or the budget cannot be met.
+        PlanError: ``ignore`` or ``overrides`` names something that the model does not have.
+
+    Source: the isomorphic scope is that of Fang et al. 2024, *Isomorphic Pruning for Vision Models*.
+    """
+    kind, share = _budget(flops=flops, params=params, ratio=ratio)
+    _check_share("max_ratio", max_ratio, above=False)
+    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
+        raise BudgetError(f"round_to={round_to!r} is no positive whole number.")
+    graph = scores.graph
+    fixed = _overrides(graph.groups, overrides or {})
+    skipped = _ignored(graph, ignore)
+    free = [group for group in graph.groups if group.name not in skipped and group.name not in fixed]
+    queues = [_queue(scores, pool, max_ratio) for pool in _pools(free, scope)]
+    cost = CostModel(graph)
+    whole = cost({})
+
+    def kept(counts: Mapping[str, int]) -> dict[str, int]:
+        left = {group.name: group.size - counts.get(group.name, 0) for group in free}
+        if round_to:
+            left = {g.name: min(g.size, -(-left[g.name] // round_to) * round_to) for g in free}
+        return left | {name: _size(graph.groups, name) - number for name, number in fixed.items()}
+
+    def spent(counts: Mapping[str, int]) -> float:
+        if kind == "ratio":
+            total = sum(group.size for group in graph.groups)
+            return sum(_size(graph.groups, name) - number for name, number in kept(counts).items()) / total
+        return cost(kept(counts))[kind] / whole[kind]
+
+    # `ratio` counts what is removed; turned round, every budget is a share that falls while units go.
+    target = 1 - share if kind == "ratio" else share
+    counts = _fit(queues, (lambda c: 1 - spent(c)) if kind == "ratio" else spent, target, f"{kind}={share}", max_ratio)
+    left = kept(counts)
+    cuts = []
+    for group in graph.groups:
+        number = group.size - left.get(group.name, group.size)
+        if number:
+            lowest = scores[group].argsort(stable=True)[:number].tolist()
+            members = tuple((member.name, member.dim) for member in group.members)
+            cuts.append(Cut(group.name, group.size, tuple(sorted(lowest)), members))
+    final = cost(left)
+    budget = {
+        "asked": {kind: share},
+        "kept": {key: final[key] / whole[key] for key in ("flops", "params")},
+        "criterion": scores.criterion,
+        "scope": scope,
+    }
+    return Plan(tuple(cuts), graph.inputs, budget)
+
+
+def _budget(**given: float | None) -> tuple[str, float]:
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) != 1:
+        what = "none" if not asked else ", ".join(asked)
+        raise BudgetError(f"Give exactly one budget, flops, params or ratio; given: {what}.")
+    name, value = next(iter(asked.items()))
+    _check_share(name, value)
+    return name, value
+
+
+def _check_share(name: str, value: float, *, above: bool = True) -> None:
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value
+    if not whole or not (value < 1 if above else value <= 1):
+        raise BudgetError(f"{name}={value!r} is outside (0, 1{')' if above else ']'}.")
+
+
+def _size(groups: Sequence[Group], name: str) -> int:
+    return next(group.size for group in groups if group.name == name)
+
+
+def _overrides(groups: Sequence[Group], overrides: Mapping[str, float]) -> dict[str, int]:
+    fixed = {}
+    for name, share in overrides.items():
+        group = next((group for group in groups if group.name == name), None)
+        if group is None:
+            raise PlanError(f"overrides names `{name}`, which is no group; print the graph to see their names.")
+        if not 0 <= share < 1:
+            raise BudgetError(f"overrides[{name!r}]={share!r} is outside [0, 1).")
+        fixed[name] = min(int(share * group.size + 0.5), group.size - 1)
+    return fixed
+
+
+def _ignored(graph: Any, ignore: Iterable[str | nn.Module]) -> set[str]:
+    modules = {id(module): name for name, module in graph.model.named_modules()}
+    skipped: set[str] = set()
+    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+        name = modules.get(id(item)) if isinstance(item, nn.Module) else item
+        if name is None:
+            raise PlanError(f"ignore holds a {type(item).__name__} that is not part of the traced model.")
+        inside = [
+            group.name
+            for group in graph.groups
+            if group.name == name or any(f"{member.name}.".startswith(f"{name}.") for member in group.members)
+        ]
+        known = name in modules.values() or any(parameter == name for parameter in graph.dims)
+        if not inside and not known:
+            raise PlanError(f"ignore names `{name}`, which is no group, module or parameter of the model.")
+        skipped.update(inside)
+    return skipped
+
+
+def _pools(groups: Sequence[Group], scope: str) -> list[list[Group]]:
+    """Split groups into pools; units compete within a pool, and every pool loses the same share."""
+    keys = {
+        "global": lambda group: 0,
+        "layer": lambda group: group.name,
+        "isomorphic": lambda group: (group.size, tuple(sorted((m.dim, m.role) for m in group.members))),
+    }
+    if scope not in keys:
+        raise BudgetError(f"scope={scope!r} is not one of {', '.join(keys)}.")
+    pools: dict[Any, list[Group]] = defaultdict(list)
+    for group in groups:
+        pools[keys[scope](group)].append(group)
+    return list(pools.values())
+
+
+def _queue(scores: Scores, pool: Sequence[Group], max_ratio: float) -> list[str]:
+    """Return the groups of a pool's units in the order in which they go, lowest score first, up to ``max_ratio``."""
+    units = []
+    for group in pool:
+        limit = min(int(max_ratio * group.size), group.size - 1)
+        ascending = scores[group].sort(stable=True).values[:limit].tolist()
+        units += [(score, group.name) for score in ascending]
+    return [name for _, name in sorted(units, key=lambda unit: unit[0])]
+
+
+def _counts(queues: Sequence[Sequence[str]], share: float) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for queue in queues:
+        for name in queue[: int(share * len(queue) + 1e-9)]:
+            counts[name] += 1
+    return counts
+
+
+def _fit(queues: list[list[str]], spent: Any, target: float, asked: str, max_ratio: float) -> dict[str, int]:
+    """Find how many units of each group go, so that what is spent ends at or just below the target."""
+    least = spent(_counts(queues, 1.0))
+    if least > target:
+        raise BudgetError(
+            f"{asked} cannot be met: removing all that max_ratio={max_ratio} allows still leaves {least:.3f}. "
+            "Raise the budget or max_ratio, or ignore less."
+        )
+    # Steps at which some queue gives up one unit more, in order.
+    steps = sorted({(place + 1) / len(queue) for queue in queues for place in range(len(queue))})
+    low, high = -1, len(steps) - 1  # low: too much is left; high: the target is met
+    if spent({}) <= target:
+        return {}
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if spent(_counts(queues, steps[middle])) <= target else (middle, high)
+    best = _counts(queues, steps[high])
+    if spent(best) >= target * (1 - TOLERANCE):
+        return best
+    counts = _counts(queues, steps[low] if low >= 0 else 0.0)
+    waiting = [name for queue in queues for name in queue[int((steps[low] if low >= 0 else 0) * len(queue) + 1e-9) :]]
+    best = _top_up(counts, waiting, spent, target, best)
+    if spent(best) < target * (1 - TOLERANCE):
+        warnings.warn(f"{asked}: the plan ends at {spent(best):.3f}; single units are too large to come closer.", stacklevel=4)
+    return best
+
+
+def _top_up(counts: dict[str, int], waiting: Sequence[str], spent: Any, target: float, best: dict[str, int]) -> dict[str, int]:
+    """Go on from just above the target, passing over units that would overshoot it by more than the tolerance."""
+    full: set[str] = set()
+    for name in waiting:
+        if name in full:
+            continue
+        trial = dict(counts)
+        trial[name] = trial.get(name, 0) + 1
+        reached = spent(trial)
+        if reached > target:
+            counts = trial
+        elif reached >= target * (1 - TOLERANCE):
+            return trial
+        else:
+            full.add(name)  # later units of this group cost no less
+            best = max(best, trial, key=spent)
+    return best
