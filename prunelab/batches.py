@@ -51,7 +51,9 @@ def checked(model: nn.Module, batches: Batches | None, needed_by: str) -> Iterat
     device, number = device_of(model), -1
     for number, batch in enumerate(batches):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise BatchError(f"Batch {number} of `{needed_by}` is no pair (inputs, targets) but {type(batch).__name__}.")
+            raise BatchError(
+                f"Batch {number} of `{needed_by}` is no pair (inputs, targets) but {type(batch).__name__}."
+            )
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             if tensor.device.type not in ("cpu", device.type):

@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab import fakes
-from prunelab.axes import fold
+from prunelab.axes import size_with
 from prunelab.batches import call
 from prunelab.errors import BatchError
 from prunelab.trace import DependencyGraph
@@ -136,10 +136,7 @@ class CostModel:
         """Return ``flops`` and ``params`` for a number of kept units by group name; groups not named are whole."""
         sizes = {self._leaf_of[name]: number for name, number in kept.items()}
 
-        def size(axis: Any) -> int:
-            return fold(axis, lambda part: sizes.get(id(part), part.size), math.prod, sum)
-
         def total(terms: list) -> int:
-            return sum(constant * math.prod(size(axis) for axis in axes) for constant, axes in terms)
+            return sum(constant * math.prod(size_with(axis, sizes) for axis in axes) for constant, axes in terms)
 
         return {"flops": total(self._flops), "params": total(self._params)}

@@ -134,7 +134,9 @@ def _read_torchvision(folder: Path, *, download: bool) -> TrainTest:
         parts = [CIFAR10(str(folder), train=train, download=download) for train in (True, False)]
     except Exception as error:
         if download:
-            advice = "Downloading needs a network: fetch cifar-10-python.tar.gz by hand into that folder, or use 'mini'."
+            advice = (
+                "Downloading needs a network: fetch cifar-10-python.tar.gz by hand into that folder, or use 'mini'."
+            )
         else:
             advice = f"It holds neither {MANIFEST} nor torchvision's cifar-10-batches-py; 'mini' and 'full' also work."
         raise DataError(f"No readable CIFAR-10 in {folder} ({error}). {advice}") from error

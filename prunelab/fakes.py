@@ -39,7 +39,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise TraceError(f"Parameter `{name}` has no shape yet: run the model once on a batch, then trace it.")
         memo[id(parameter)] = nn.Parameter(fake_tensor(parameter, mode), requires_grad=parameter.requires_grad)
     for _, buffer in model.named_buffers():

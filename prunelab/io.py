@@ -1,6 +1,6 @@
 """Keep a pruned model: weights and plans in one safetensors file, no pickle anywhere.
 
-Flows in: a model that ``apply`` cut.  Flows out: a file, and from it, with a fresh unpruned model, the same model again.
+Flows in: a model that ``apply`` cut.  Flows out: a file, and from it and a fresh unpruned model, the same model again.
 """
 
 from __future__ import annotations

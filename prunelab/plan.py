@@ -112,7 +112,8 @@ def plan(
         scores: from a criterion.
         flops: share of the FLOPs that is kept, in (0, 1); or
         params: share of the parameters that is kept; or
-        ratio: share of all units that is removed. Exactly one of the three.
+        ratio: share of the units that is removed, those that ``ignore`` and ``overrides`` name left out of account.
+            Exactly one of the three.
         scope: rank ``"global"``-ly over all groups; remove the same share of every ``"layer"``; or rank within groups
             of the same topology (``"isomorphic"``) and remove the same share of each class.
         max_ratio: the largest share that any group may lose; one unit always stays.
@@ -137,7 +138,8 @@ def plan(
     fixed = _overrides(graph.groups, overrides or {})
     skipped = _ignored(graph, ignore)
     free = [group for group in graph.groups if group.name not in skipped and group.name not in fixed]
-    queues = [_queue(scores, pool, max_ratio) for pool in _pools(free, scope)]
+    pools = _pools(free, scope)
+    queues = [_queue(scores, pool, max_ratio) for pool in pools]
     cost = CostModel(graph)
     whole = cost({})
 
@@ -147,15 +149,12 @@ def plan(
             left = {g.name: min(g.size, -(-left[g.name] // round_to) * round_to) for g in free}
         return left | {name: _size(graph.groups, name) - number for name, number in fixed.items()}
 
-    def spent(counts: Mapping[str, int]) -> float:
-        if kind == "ratio":
-            total = sum(group.size for group in graph.groups)
-            return sum(_size(graph.groups, name) - number for name, number in kept(counts).items()) / total
-        return cost(kept(counts))[kind] / whole[kind]
-
-    # `ratio` counts what is removed; turned round, every budget is a share that falls while units go.
-    target = 1 - share if kind == "ratio" else share
-    counts = _fit(queues, (lambda c: 1 - spent(c)) if kind == "ratio" else spent, target, f"{kind}={share}", max_ratio)
+    if kind == "ratio":
+        counts = _share_of_pools(pools, queues, share, max_ratio)
+    else:
+        counts = _fit(
+            queues, lambda counts: cost(kept(counts))[kind] / whole[kind], share, f"{kind}={share}", max_ratio
+        )
     left = kept(counts)
     cuts = []
     for group in graph.groups:
@@ -185,7 +184,7 @@ def _budget(**given: float | None) -> tuple[str, float]:
 
 
 def _check_share(name: str, value: float, *, above: bool = True) -> None:
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     if not whole or not (value < 1 if above else value <= 1):
         raise BudgetError(f"{name}={value!r} is outside (0, 1{')' if above else ']'}.")
 
@@ -258,6 +257,23 @@ def _counts(queues: Sequence[Sequence[str]], share: float) -> dict[str, int]:
     return counts
 
 
+def _share_of_pools(
+    pools: Sequence[Sequence[Group]], queues: Sequence[Sequence[str]], share: float, max_ratio: float
+) -> dict[str, int]:
+    """Take the same share of the units of every pool."""
+    counts: dict[str, int] = defaultdict(int)
+    for pool, queue in zip(pools, queues, strict=True):
+        number = round(share * sum(group.size for group in pool))
+        if number > len(queue):
+            raise BudgetError(
+                f"ratio={share} cannot be met: max_ratio={max_ratio} lets {len(queue)} units go from "
+                f"{', '.join(group.name for group in pool[:3])}, and {number} were asked for."
+            )
+        for name in queue[:number]:
+            counts[name] += 1
+    return counts
+
+
 def _fit(queues: list[list[str]], spent: Any, target: float, asked: str, max_ratio: float) -> dict[str, int]:
     """Find how many units of each group go, so that what is spent ends at or just below the target."""
     least = spent(_counts(queues, 1.0))
@@ -281,11 +297,15 @@ def _fit(queues: list[list[str]], spent: Any, target: float, asked: str, max_rat
     waiting = [name for queue in queues for name in queue[int((steps[low] if low >= 0 else 0) * len(queue) + 1e-9) :]]
     best = _top_up(counts, waiting, spent, target, best)
     if spent(best) < target * (1 - TOLERANCE):
-        warnings.warn(f"{asked}: the plan ends at {spent(best):.3f}; single units are too large to come closer.", stacklevel=4)
+        warnings.warn(
+            f"{asked}: the plan ends at {spent(best):.3f}; single units are too large to come closer.", stacklevel=4
+        )
     return best
 
 
-def _top_up(counts: dict[str, int], waiting: Sequence[str], spent: Any, target: float, best: dict[str, int]) -> dict[str, int]:
+def _top_up(
+    counts: dict[str, int], waiting: Sequence[str], spent: Any, target: float, best: dict[str, int]
+) -> dict[str, int]:
     """Go on from just above the target, passing over units that would overshoot it by more than the tolerance."""
     full: set[str] = set()
     for name in waiting:

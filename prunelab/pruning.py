@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ def prune(
     for step in range(1, steps + 1):
         scores = chosen(trace(current, example_inputs), data)
         budget = _step_budget(report.rows[-1], step, steps, flops=flops, params=params, ratio=ratio)
-        made = plan(scores, **budget, **options)
+        made = plan(scores, **{**budget, **options})
         current = apply(current, made)
         report.plans.append(made)
         record(current, step, "cut")
@@ -123,7 +123,7 @@ def prune(
     return current, report
 
 
-def _step_budget(row: Mapping[str, Any], step: int, steps: int, **asked: float | None) -> dict[str, float | None]:
+def _step_budget(row: Mapping[str, Any], step: int, steps: int, **asked: float | None) -> dict[str, Any]:
     """Return the budget of one step, relative to the model as it is now."""
     if steps == 1 or sum(value is not None for value in asked.values()) != 1:
         return asked
@@ -133,6 +133,3 @@ def _step_budget(row: Mapping[str, Any], step: int, steps: int, **asked: float |
     if name == "ratio":
         return {"ratio": 1 - (1 - value) ** (1 / steps)}
     return {name: value ** (step / steps) / row[f"{name}_kept"]}
-
-
-__all__: Iterable[str] = ["Report", "prune"]

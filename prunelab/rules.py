@@ -1,8 +1,8 @@
 """One equation per ATen operator: how the axes of its outputs follow from those of its inputs.
 
-Flows in: an operator that was just called, with the axes of its tensors.  Flows out: the axes of its results; on the way
-axes are unified, split or frozen.  An operator without a rule freezes whatever it touches, so an unknown operator costs
-prunable units, never a wrong cut.  Notebook 01_tracing walks through the table at the end of this file.
+Flows in: an operator that was just called, with the axes of its tensors.  Flows out: the axes of its results; on the
+way axes are unified, split or frozen.  An operator without a rule freezes whatever it touches, so an unknown operator
+costs prunable units, never a wrong cut.  Notebook 01_tracing walks through the table at the end of this file.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def slice_(call: Call) -> list[Dims]:
     if length == size:
         return [dims]
     start = min(max((call["start"] or 0) + (size if (call["start"] or 0) < 0 else 0), 0), size)
-    if call["step"] != 1:
-        call.freeze([dims[place]], "takes every nth entry")
+    if call["step"] != 1 or not length:
+        call.freeze([dims[place]], "takes some entries of it")
         dims[place] = call.fresh(length)
     else:
         cuts = [start, length, size - start - length]
@@ -385,7 +385,9 @@ def attention(call: Call) -> list[Dims]:
     call.count(2, batch, query[1], query[2], key[2], query[3])
     call.count(2, batch, query[1], query[2], key[2], value[3])
     out, sums = [batch, query[1], query[2], value[3]], [batch, query[1], query[2]]
-    others = [sums if other.shape == call.outputs[0].shape[:3] else made_like(call, other) for other in call.outputs[1:]]
+    others = [
+        sums if other.shape == call.outputs[0].shape[:3] else made_like(call, other) for other in call.outputs[1:]
+    ]
     return [out, *others]
 
 

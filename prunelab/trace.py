@@ -326,14 +326,14 @@ def _groups(recorder: Recorder) -> tuple[Group, ...]:
     drafts = []
     for axis, places in found.values():
         members = tuple(
-            Member(name, place, _role(roles, (name, place), axis), unit_map(recorder.parameters[name][place].axis, axis))
+            Member(
+                name, place, _role(roles, (name, place), axis), unit_map(recorder.parameters[name][place].axis, axis)
+            )
             for name, place in dict.fromkeys(places)
         )
         drafts.append((axis, members))
     names = _names([(axis, members) for axis, members in drafts])
-    return tuple(
-        Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True)
-    )
+    return tuple(Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True))
 
 
 def _roles(recorder: Recorder) -> dict[tuple[str, int], list[tuple[str, Axis | None]]]:
@@ -384,4 +384,3 @@ def unit_map(axis: Axis, target: Axis) -> Tensor:
         return out
 
     return fold(axis, at_leaf, at_product, torch.cat)
-

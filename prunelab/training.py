@@ -197,7 +197,9 @@ def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Rec
     weights = {key: _half(value).contiguous().cpu() for key, value in model.state_dict().items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / f"{name}.safetensors", metadata={"network": name, "dtype": "float16"})
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
+    model.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+    )
     report = {
         "network": name,
         "command": f"python -m prunelab.training {name} --data {'full' if len(images.train) == 50_000 else source}",
@@ -221,6 +223,7 @@ def _half(value: Tensor) -> Tensor:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m prunelab.training", description="Train a network of the zoo.")
     parser.add_argument("name", choices=sorted(zoo.MODELS))
     parser.add_argument("--data", default="full", help="mini, full, or a folder with CIFAR-10 (default: full)")

@@ -6,6 +6,7 @@ Every notebook uses these networks; ``python -m prunelab.training NAME`` trains 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A small Vision Transformer: convolutional stem, position embedding, encoder blocks, mean over tokens, linear head.
+    """A small Vision Transformer: convolutional stem, position embedding, encoder blocks, mean over tokens, linear.
 
     Two strided convolutions make the patches, which lets it learn from CIFAR-10 alone in a few epochs.
     Input ``[B, 3, image_size, image_size]``, output logits ``[B, num_classes]``.
@@ -192,7 +193,13 @@ def vit_small(num_classes: int = 10) -> VisionTransformer:
     return VisionTransformer(num_classes=num_classes)
 
 
-MODELS = {"resnet20": resnet20, "resnet32": resnet32, "vgg13_narrow": vgg13_narrow, "vgg19": vgg19, "vit_small": vit_small}
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "vgg13_narrow": vgg13_narrow,
+    "vgg19": vgg19,
+    "vit_small": vit_small,
+}
 
 
 def build(name: str, num_classes: int = 10) -> nn.Module:
@@ -227,7 +234,11 @@ def load(name: str) -> nn.Module:
         )
     try:
         state = load_file(path)
-        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+        model.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        )
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise DataError(f"{path} is damaged or of another network ({error}); restore it from the repository.") from error
+        raise DataError(
+            f"{path} is damaged or of another network ({error}); restore it from the repository."
+        ) from error
     return model.eval()

@@ -113,7 +113,9 @@ def test_a_model_without_memory_is_traced_too():
     with torch.device("meta"):
         model = pl.zoo.vgg19()
     found = pl.trace(model, torch.empty(1, 3, 32, 32, device="meta"))
-    assert [group.size for group in found.groups] == [group.size for group in pl.trace(pl.zoo.vgg19(), torch.ones(1, 3, 32, 32)).groups]
+    assert [group.size for group in found.groups] == [
+        group.size for group in pl.trace(pl.zoo.vgg19(), torch.ones(1, 3, 32, 32)).groups
+    ]
 
 
 def test_two_traces_give_the_same_groups(small):
@@ -121,7 +123,9 @@ def test_two_traces_give_the_same_groups(small):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("inputs", [(torch.ones(2, 4), torch.ones(2, 4)), {"x": torch.ones(2, 4), "y": torch.ones(2, 4)}])
+@pytest.mark.parametrize(
+    "inputs", [(torch.ones(2, 4), torch.ones(2, 4)), {"x": torch.ones(2, 4), "y": torch.ones(2, 4)}]
+)
 def test_tuples_and_dicts_of_inputs(inputs):
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """What all criteria share: the scores they return, and how numbers per weight become numbers per unit.
 
-Removing unit u sets its slices to zero, δ = −θ on S_u, and changes the loss by ΔL(u) ≈ gᵀδ + ½ δᵀHδ.  Every criterion is
-a choice of which of these terms to keep, which curvature to put for H, and in which basis.
+Removing unit u sets its slices to zero, δ = −θ on S_u, and changes the loss by ΔL(u) ≈ gᵀδ + ½ δᵀHδ.  Every criterion
+is a choice of which of these terms to keep, which curvature to put for H, and in which basis.
 """
 
 from __future__ import annotations

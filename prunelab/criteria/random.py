@@ -24,4 +24,6 @@ class Random(Criterion):
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the scores; ``batches`` are not looked at."""
         generator = torch.Generator().manual_seed(self.seed)
-        return Scores(graph, {group.name: torch.rand(group.size, generator=generator) for group in graph.groups}, str(self))
+        return Scores(
+            graph, {group.name: torch.rand(group.size, generator=generator) for group in graph.groups}, str(self)
+        )

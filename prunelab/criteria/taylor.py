@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -22,15 +23,13 @@ class Taylor(GroupwiseCriterion):
     Args:
         multivariable: sum before taking the absolute value, so that signs cancel within a unit's slice of a member.
         loss: ``loss(outputs, targets)``, a mean over samples.
-        group_reduction: see ``GroupwiseCriterion``, as all other options; scores are changes of the loss, comparable
-            between groups, so that nothing is normalised by default.
+        group_reduction: see ``GroupwiseCriterion``, as all other options. ``normalizer="none"`` compares predicted
+            changes of the loss between groups as they are.
 
     Source: Molchanov et al. 2017, *Pruning CNNs for Resource Efficient Inference*, equation 4 (sum first);
     Molchanov et al. 2019, *Importance Estimation for Neural Network Pruning*, equation 8.
     """
 
-    group_reduction: str = "sum"
-    normalizer: str = "none"
     multivariable: bool = False
     loss: Loss = F.cross_entropy
 
@@ -50,7 +49,7 @@ class Taylor(GroupwiseCriterion):
         gradient = mean_gradient(model, batches, self.loss)
         return {name: parameter.detach() * gradient[name] for name, parameter in model.named_parameters()}
 
-    def member_scores(self, values: dict[str, Tensor], member: Member, size: int) -> Tensor:
+    def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
         """Return ``[size]``: ``Σ |w g|`` or ``|Σ w g|`` of every unit on one member."""
         if self.multivariable:
             return sum_by_unit(values[member.name], member, size).abs()

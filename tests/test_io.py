@@ -1,0 +1,95 @@
+"""Saving and loading: the same function in another process, and nothing but data in the file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import prunelab as pl
+from tests.cases import Embedded, random_plan
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit_small"])
+def test_a_pruned_model_is_the_same_in_another_process(name, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = pl.zoo.build(name).eval(), torch.randn(2, 3, 32, 32)
+    small = pl.apply(model, random_plan(model, inputs))
+    pl.save(small, tmp_path / "small.safetensors")
+    save_file({"inputs": inputs}, tmp_path / "inputs")
+    code = f"""
+import torch, prunelab as pl
+from safetensors.torch import load_file, save_file
+model = pl.load(pl.zoo.build({name!r}), {str(tmp_path / "small.safetensors")!r}).eval()
+with torch.no_grad():
+    save_file({{"out": model(load_file({str(tmp_path / "inputs")!r})["inputs"])}}, {str(tmp_path / "out")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with torch.no_grad():
+        assert torch.equal(load_file(tmp_path / "out")["out"], small(inputs))
+
+
+def test_a_model_pruned_twice_is_saved_with_both_plans(small, tmp_path):
+    model, inputs = small
+    once = pl.apply(model, random_plan(model, inputs, 0.25))
+    twice = pl.apply(once, random_plan(once, inputs, 0.5))
+    pl.save(twice, tmp_path / "twice.safetensors")
+    again = pl.load(model, tmp_path / "twice.safetensors")
+    assert again[0].out_channels == 3 and torch.equal(again.eval()(inputs), twice(inputs))
+    pl.save(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "twice.safetensors").read_bytes()
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    torch.manual_seed(0)
+    model, tokens = Embedded().eval(), torch.randint(0, 11, (2, 5))
+    model.table = model.embedding.weight
+    small = pl.apply(model, random_plan(model, tokens))
+    pl.save(small, tmp_path / "tied.safetensors")
+    fresh = Embedded()
+    fresh.table = fresh.embedding.weight
+    again = pl.load(fresh, tmp_path / "tied.safetensors").eval()
+    assert again.table is again.embedding.weight and torch.equal(again(tokens), small(tokens))
+
+
+def test_what_cannot_be_loaded_is_an_error_and_the_model_stays(small, tmp_path):
+    model, inputs = small
+    path, wrong = tmp_path / "small.safetensors", tmp_path / "wrong.safetensors"
+    pl.save(pl.apply(model, random_plan(model, inputs)), path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    with pytest.raises(pl.DataError, match="missing"):
+        pl.load(model, tmp_path / "nothing")
+    wrong.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(pl.DataError, match="damaged"):
+        pl.load(model, wrong)
+    torch.save(model.state_dict(), wrong)
+    with pytest.raises(pl.DataError, match="not a model saved by prunelab"):
+        pl.load(model, wrong)
+    save_file({"weight": torch.ones(2)}, wrong)
+    with pytest.raises(pl.DataError, match="not a model saved by prunelab"):
+        pl.load(model, wrong)
+    save_file(load_file(path), wrong, metadata={"prunelab": json.dumps({"format": 99, "plans": []})})
+    with pytest.raises(pl.DataError, match="format 99"):
+        pl.load(model, wrong)
+    with pytest.raises(pl.DataError, match="does not fit.*Sequential.*ResNet"):
+        pl.load(pl.zoo.resnet20(), path)
+    save_file({"0.weight": torch.ones(3)}, wrong, metadata={"prunelab": json.dumps({"format": 1, "plans": []})})
+    with pytest.raises(pl.DataError, match="does not fit"):
+        pl.load(model, wrong)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_failed_save_leaves_the_old_file(small, tmp_path):
+    path = tmp_path / "small.safetensors"
+    pl.save(small[0], path)
+    old = path.read_bytes()
+    with pytest.raises(pl.DataError, match="cannot be written"):
+        pl.save(small[0], tmp_path / "no" / "folder")
+    pl.save(nn.Linear(2, 2), path)
+    assert path.read_bytes() != old and [file.name for file in tmp_path.iterdir()] == ["small.safetensors"]

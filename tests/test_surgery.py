@@ -1,0 +1,150 @@
+"""Surgery: the cut network is the silenced one, and a cut that would be wrong is not made."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import prunelab as pl
+from tests.cases import CASES, OWN, Case, error, images, random_plan
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_cut_network_equals_the_silenced_one(case: Case):
+    model, inputs = case.make()
+    plan = random_plan(model, inputs, share=0.4)
+    with torch.no_grad():
+        cut, silent = pl.apply(model, plan)(inputs), pl.masked(model, plan)(inputs)
+        assert error(cut, silent) < 1e-9
+        assert error(cut, model(inputs)) > 1e-4, "a cut that changes nothing tests nothing"
+
+
+ALONE = [
+    Case("vit", lambda: pl.zoo.VisionTransformer(depth=1), images(32)),
+    Case("resnet", lambda: pl.zoo.ResNet(8), images(32)),
+]
+
+
+@pytest.mark.parametrize("case", [*ALONE, *OWN], ids=lambda case: case.name)
+def test_every_group_can_be_cut_alone(case: Case):
+    model, inputs = case.make()
+    graph = pl.trace(model, inputs)
+    scores = pl.criteria.Random()(graph)
+    for group in graph.groups:
+        others = [other.name for other in graph.groups if other is not group]
+        plan = pl.plan(scores, ratio=0.5, overrides={group.name: 0.5} | dict.fromkeys(others, 0.0))
+        assert list(plan.removed) == [group.name]
+        with torch.no_grad():
+            assert error(pl.apply(model, plan)(inputs), pl.masked(model, plan)(inputs)) < 1e-9, group
+
+
+def test_silencing_zeroes_what_goes_and_nothing_else(small):
+    model, inputs = small
+    plan = pl.plan(pl.criteria.Random()(pl.trace(model, inputs)), ratio=0.5)
+    removed = list(plan.removed["0"])
+    silent, kept = pl.masked(model, plan), [unit for unit in range(8) if unit not in removed]
+    assert silent[0].weight[removed].abs().sum() == 0 and silent[5].weight[:, removed].abs().sum() == 0
+    assert torch.equal(silent[0].weight[kept], model[0].weight[kept])
+
+
+def test_the_model_stays_and_the_copy_is_of_its_class(small):
+    model, inputs = small
+    before = copy.deepcopy(model.state_dict())
+    plan = random_plan(model, inputs)
+    cut = pl.apply(model.train(), plan)
+    assert type(cut) is type(model) and cut.training
+    assert cut[0].out_channels == cut[1].num_features == cut[5].in_features == 4
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert pl.apply(model, plan, inplace=True) is model and model[0].out_channels == 4
+
+
+def test_a_cut_network_trains(small):
+    model, inputs = small
+    cut = pl.apply(model, random_plan(model, inputs)).train()
+    optimizer = torch.optim.SGD(cut.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(cut(inputs), torch.arange(6) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_tied_weights_stay_tied():
+    model, tokens = next(case for case in CASES if case.name == "embedded").make()
+    model.out_table = model.embedding.weight
+    cut = pl.apply(model, random_plan(model, tokens))
+    assert cut.out_table is cut.embedding.weight and cut.embedding.embedding_dim == cut.embedding.weight.shape[1] < 12
+
+
+class DefaultScale(nn.Module):
+    """Attention with the default scale, queries normed and projected apart from keys."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16)
+        self.norm = nn.LayerNorm(8) if normed else nn.Identity()
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        out = F.scaled_dot_product_attention(self.norm(query), key, value)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_narrower_head_keeps_its_scale(normed: bool):
+    torch.manual_seed(0)
+    model, x = DefaultScale(normed).double().eval(), torch.randn(2, 5, 6).double()
+    graph = pl.trace(model, x)
+    width = graph.groups_of("query.weight")[-1]
+    plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, ignore=["value"], overrides={width.name: 0.5})
+    assert plan.removed.keys() == {width.name} == {"query:head_width"}
+    with torch.no_grad():
+        assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
+
+
+class Baked(nn.Module):
+    """A model whose code holds a size that no attribute tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).reshape(-1, 6))
+
+
+def test_a_size_in_the_code_is_an_error_and_the_model_stays():
+    model, x = Baked(), torch.randn(3, 4)
+    plan = random_plan(model, x)
+    with pytest.raises(pl.PlanError, match="nothing was cut"):
+        pl.apply(model, plan, inplace=True)
+    assert model.first.out_features == 6 and model(x).shape == (3, 2)
+
+
+def test_a_plan_for_another_model_is_an_error(small):
+    model, inputs = small
+    plan = random_plan(model, inputs)
+    with pytest.raises(pl.PlanError, match="group"):
+        pl.apply(pl.zoo.resnet20(), plan)
+    with pytest.raises(pl.PlanError, match="8 units, this model has 4"):
+        pl.apply(pl.apply(model, plan), plan)
+    for removed, message in (((70,), "unit 70"), (tuple(range(8)), "none would be left")):
+        wrong = dataclasses.replace(plan, cuts=(dataclasses.replace(plan.cuts[0], removed=removed),))
+        with pytest.raises(pl.PlanError, match=f"Cannot cut `0`.*{message}"):
+            pl.apply(model, wrong)
+
+
+def test_an_unknown_backend_is_an_error(small):
+    with pytest.raises(pl.PlanError, match="backend"):
+        pl.apply(small[0], random_plan(*small), backend="magic")
