@@ -14,7 +14,8 @@ from prunelab.errors import BatchError, BudgetError, DataError, PlanError, Prune
 from prunelab.io import load, save
 from prunelab.plan import Plan, plan
 from prunelab.pruning import Report, prune
-from prunelab.surgery import apply, masked
+from prunelab.silence import masked
+from prunelab.surgery import apply
 from prunelab.trace import DependencyGraph, Group, Member, trace
 
 __version__ = "0.1.0"

@@ -34,9 +34,26 @@ def call(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, dict):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    except RuntimeError as error:
-        shapes = ", ".join(str(list(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-        raise BatchError(f"{type(model).__name__} cannot take inputs of shape {shapes}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise BatchError(f"{type(model).__name__} cannot take inputs of shape {_shapes(inputs)}: {error}") from error
+
+
+def mean_loss(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss) -> Tensor:
+    """Return ``loss(model(inputs), targets)``.
+
+    Raises:
+        BatchError: the model cannot take the inputs, or the loss not what the model gives with these targets.
+    """
+    outputs = call(model, inputs)
+    try:
+        return loss(outputs, targets)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        given = f"outputs of shape {_shapes(outputs)} and targets of shape {_shapes(targets)}"
+        raise BatchError(f"The loss of {type(model).__name__} cannot take {given}: {error}") from error
+
+
+def _shapes(tree: Any) -> str:
+    return ", ".join(str(list(leaf.shape)) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def checked(model: nn.Module, batches: Batches | None, needed_by: str) -> Iterator[tuple[Any, Tensor]]:

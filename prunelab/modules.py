@@ -1,59 +1,191 @@
-"""Layers that take the place of others: norms whose statistics leave silenced entries out."""
+"""Stand-ins for layers whose code assumes that nothing was cut.
+
+Some attention layers take their width from their input, or insist that heads × head width is the width of their input.
+``free`` swaps the class of such a layer for one that computes the same from the shapes of its own parameters; names,
+parameters and ``state_dict`` stay.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 
-class KeptLayerNorm(nn.LayerNorm):
-    """A LayerNorm that takes mean and variance over the kept entries only, and gives zero elsewhere."""
+class FreeMultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with any number of heads of any width; called in the same way.
 
-    kept: Tensor
+    Its scale stays that of the head width it was made with.
+    """
 
-    @classmethod
-    def of(cls, norm: nn.LayerNorm, kept: Tensor) -> KeptLayerNorm:
-        """Return ``norm`` with statistics over ``kept``, a bool tensor of its normalised shape."""
-        new = cls(norm.normalized_shape, norm.eps, norm.elementwise_affine)
-        new.__dict__.update({key: value for key, value in norm.__dict__.items() if not key.startswith("_backward")})
-        new._buffers = {"kept": kept}
-        new._non_persistent_buffers_set = {"kept"}
-        return new
+    scale: float
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        itself = query is key and key is value
+        batched, first = query.dim() == 3, self.batch_first
+        query, key, value = (self._batch_first(x, batched, first) for x in (query, key, value))
+        parts = self._project(query, key, value, itself)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
+        mask = self._mask(attn_mask, key_padding_mask, query)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = query @ key.transpose(-2, -1) * self.scale
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            out = F.dropout(weights, dropout, self.training) @ value
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            causal = is_causal and mask is None
+            out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=self.scale)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if first else out.transpose(0, 1), weights
+
+    @staticmethod
+    def _batch_first(x: Tensor, batched: bool, first: bool) -> Tensor:
+        if not batched:
+            return x.unsqueeze(0)
+        return x if first else x.transpose(0, 1)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, itself: bool) -> list[Tensor]:
+        biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.unflatten(0, (3, -1)).unbind(0))
+        if self.in_proj_weight is None:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        elif itself:
+            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, -1)).unbind(-2))
+        else:
+            weights = list(self.in_proj_weight.unflatten(0, (3, -1)).unbind(0))
+        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
+        if attn_mask is not None:
+            attn_mask = _additive(attn_mask, query)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        if padding is None:
+            return attn_mask
+        padding = _additive(padding if padding.dim() == 2 else padding[None], query)[:, None, None, :]
+        return padding if attn_mask is None else attn_mask + padding
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask as numbers to add; True in a bool mask forbids."""
+    return like.new_zeros(mask.shape).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask
+
+
+class FreeWindowAttention(ShiftedWindowAttention):
+    """torchvision's ``ShiftedWindowAttention`` (Swin), for any number of heads of any width."""
+
+    scale: float
 
     def forward(self, x: Tensor) -> Tensor:
-        places = tuple(range(-self.kept.dim(), 0))
-        kept = self.kept.to(x.dtype)
-        mean = (x * kept).sum(places, keepdim=True) / kept.sum()
-        centred = (x - mean) * kept
-        out = centred * torch.rsqrt(centred.square().sum(places, keepdim=True) / kept.sum() + self.eps)
-        if self.weight is not None:
-            out = out * self.weight
-        return (out if self.bias is None else out + self.bias) * kept
+        position = self.get_relative_position_bias()
+        height, wide = x.shape[1:3]
+        (rows, columns), heads = self.window_size, self.num_heads
+        x = F.pad(x, (0, 0, 0, -wide % columns, 0, -height % rows))
+        shift = [s if w < n else 0 for s, w, n in zip(self.shift_size, self.window_size, x.shape[1:3], strict=True)]
+        grid = (x.shape[1] // rows, x.shape[2] // columns)
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        windows = x.unflatten(2, (grid[1], columns)).unflatten(1, (grid[0], rows)).transpose(2, 3)
+        windows = windows.flatten(3, 4).flatten(0, 2)
+        qkv = F.linear(windows, self.qkv.weight, self._qkv_bias())
+        query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = self._scores(query, key) + position
+        if any(shift):
+            scores = scores.unflatten(0, (-1, grid[0] * grid[1])) + self._mask(x, grid, shift)[:, None]
+            scores = scores.flatten(0, 1)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
+        out = F.dropout(self.proj((weights @ value).transpose(1, 2).flatten(2)), self.dropout, self.training)
+        out = out.unflatten(1, (rows, columns)).unflatten(0, (-1, *grid)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if any(shift):
+            out = out.roll((shift[0], shift[1]), (1, 2))
+        return out[:, :height, :wide].contiguous()
+
+    def _qkv_bias(self) -> Tensor | None:
+        return self.qkv.bias
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        return query * self.scale @ key.transpose(-2, -1)
+
+    def _mask(self, x: Tensor, grid: tuple[int, int], shift: list[int]) -> Tensor:
+        """Return ``[windows, tokens, tokens]``: -100 between tokens that the roll brought together from two borders."""
+        regions = x.new_zeros(1, 1)
+        for dim, (window, moved) in enumerate(zip(self.window_size, shift, strict=True)):
+            place = torch.arange(x.shape[1 + dim], device=x.device)
+            last = (place >= len(place) - window).to(x.dtype) + (place >= len(place) - moved).to(x.dtype)
+            regions = regions * 3 + (last if moved else torch.zeros_like(last)).view((-1, 1) if dim == 0 else (1, -1))
+        regions = (
+            regions.unflatten(1, (grid[1], -1)).unflatten(0, (grid[0], -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        )
+        return (regions[:, None, :] != regions[:, :, None]).to(x.dtype) * -100
 
 
-class KeptGroupNorm(nn.GroupNorm):
-    """A GroupNorm that takes mean and variance over the kept channels only, and gives zero elsewhere."""
+class FreeWindowAttentionV2(FreeWindowAttention, ShiftedWindowAttentionV2):
+    """The second version: cosine attention, no bias for keys, position bias from a small network."""
 
-    kept: Tensor
+    def _qkv_bias(self) -> Tensor | None:
+        if self.qkv.bias is None:
+            return None
+        query, key, value = self.qkv.bias.unflatten(0, (3, -1)).unbind(0)
+        return torch.cat([query, torch.zeros_like(key), value])
 
-    @classmethod
-    def of(cls, norm: nn.GroupNorm, kept: Tensor) -> KeptGroupNorm:
-        """Return ``norm`` with statistics over ``kept``, bool ``[num_channels]``."""
-        new = cls(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
-        new.__dict__.update(norm.__dict__)
-        new._buffers = {"kept": kept}
-        new._non_persistent_buffers_set = {"kept"}
-        return new
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        return cosine * self.logit_scale.clamp(max=4.605170185988092).exp()  # ln 100
+
+
+class FreeRelativeAttention(RelativePositionalMultiHeadAttention):
+    """torchvision's attention in MaxViT, for any heads of any width."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (1, -1, *(1 for _ in x.shape[2:]))
-        kept = self.kept.to(x.dtype).view(shape).expand(1, -1, *x.shape[2:])
-        grouped = (x * kept).reshape(len(x), self.num_groups, -1)
-        mask = kept.reshape(1, self.num_groups, -1)
-        number = mask.sum(-1, keepdim=True).clamp_min(1)
-        centred = (grouped - grouped.sum(-1, keepdim=True) / number) * mask
-        out = centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / number + self.eps)
-        out = out.reshape(x.shape)
-        if self.weight is not None:
-            out = out * self.weight.view(shape)
-        return (out if self.bias is None else out + self.bias.view(shape)) * kept
+        parts = self.to_qkv(x).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.n_heads, -1)).permute(0, 1, 3, 2, 4) for part in parts)
+        scores = query @ (key * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
+        return self.merge((scores.softmax(-1) @ value).permute(0, 1, 3, 2, 4).flatten(3))
+
+
+def _free_multihead(layer: nn.MultiheadAttention) -> bool:
+    if layer.bias_k is not None or layer.add_zero_attn:
+        return False
+    vars(layer)["scale"] = layer.head_dim**-0.5
+    layer._qkv_same_embed_dim = False  # keeps encoder layers off their fused path, which would use the old sizes
+    return True
+
+
+def _free_window(layer: ShiftedWindowAttention) -> bool:
+    vars(layer)["scale"] = (layer.qkv.out_features // (3 * layer.num_heads)) ** -0.5
+    return True
+
+
+STAND_INS: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., bool]]] = {
+    nn.MultiheadAttention: (FreeMultiheadAttention, _free_multihead),
+    ShiftedWindowAttention: (FreeWindowAttention, _free_window),
+    ShiftedWindowAttentionV2: (FreeWindowAttentionV2, _free_window),
+    RelativePositionalMultiHeadAttention: (FreeRelativeAttention, lambda layer: True),
+}
+
+
+def free(model: nn.Module, parameters: set[str]) -> nn.Module:
+    """Swap, in place, the class of every layer that has a stand-in and one of the named parameters."""
+    for name, module in model.named_modules():
+        stand_in, prepare = STAND_INS.get(type(module), (None, None))
+        touched = any(parameter.startswith(f"{name}." if name else "") for parameter in parameters)
+        if stand_in is not None and prepare is not None and touched and prepare(module):
+            module.__class__ = stand_in
+    return model

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from prunelab.cost import CostModel
@@ -137,16 +138,19 @@ def plan(
     graph = scores.graph
     fixed = _overrides(graph.groups, overrides or {})
     skipped = _ignored(graph, ignore)
-    free = [group for group in graph.groups if group.name not in skipped and group.name not in fixed]
+    fixed |= {
+        g.name: fixed[name] for bundle in graph.bundles for name in fixed for g in bundle if name in _names(bundle)
+    }
+    free = [bundle for bundle in graph.bundles if not (skipped | fixed.keys()) & _names(bundle)]
     pools = _pools(free, scope)
     queues = [_queue(scores, pool, max_ratio) for pool in pools]
     cost = CostModel(graph)
     whole = cost({})
 
     def kept(counts: Mapping[str, int]) -> dict[str, int]:
-        left = {group.name: group.size - counts.get(group.name, 0) for group in free}
+        left = {group.name: group.size - counts.get(bundle[0].name, 0) for bundle in free for group in bundle}
         if round_to:
-            left = {g.name: min(g.size, -(-left[g.name] // round_to) * round_to) for g in free}
+            left = {name: min(_size(graph.groups, name), -(-n // round_to) * round_to) for name, n in left.items()}
         return left | {name: _size(graph.groups, name) - number for name, number in fixed.items()}
 
     if kind == "ratio":
@@ -224,28 +228,37 @@ def _ignored(graph: Any, ignore: Iterable[str | nn.Module]) -> set[str]:
     return skipped
 
 
-def _pools(groups: Sequence[Group], scope: str) -> list[list[Group]]:
-    """Split groups into pools; units compete within a pool, and every pool loses the same share."""
-    keys = {
-        "global": lambda group: 0,
-        "layer": lambda group: group.name,
-        "isomorphic": lambda group: (group.size, tuple(sorted((m.dim, m.role) for m in group.members))),
+Bundle = tuple[Group, ...]
+"""Groups that must lose equal numbers of units: they lose them together, the lowest of each at a time."""
+
+
+def _names(bundle: Bundle) -> set[str]:
+    return {group.name for group in bundle}
+
+
+def _pools(bundles: Sequence[Bundle], scope: str) -> list[list[Bundle]]:
+    """Split bundles into pools; units compete within a pool, and every pool loses the same share."""
+    keys: dict[str, Callable[[Bundle], Any]] = {
+        "global": lambda bundle: 0,
+        "layer": lambda bundle: bundle[0].name,
+        "isomorphic": lambda bundle: tuple((g.size, *sorted((m.dim, m.role) for m in g.members)) for g in bundle),
     }
     if scope not in keys:
         raise BudgetError(f"scope={scope!r} is not one of {', '.join(keys)}.")
-    pools: dict[Any, list[Group]] = defaultdict(list)
-    for group in groups:
-        pools[keys[scope](group)].append(group)
+    pools: dict[Any, list[Bundle]] = defaultdict(list)
+    for bundle in bundles:
+        pools[keys[scope](bundle)].append(bundle)
     return list(pools.values())
 
 
-def _queue(scores: Scores, pool: Sequence[Group], max_ratio: float) -> list[str]:
-    """Return the groups of a pool's units in the order in which they go, lowest score first, up to ``max_ratio``."""
+def _queue(scores: Scores, pool: Sequence[Bundle], max_ratio: float) -> list[str]:
+    """Return which bundle of a pool gives up a unit, step by step: lowest score first, up to ``max_ratio``."""
     units = []
-    for group in pool:
-        limit = min(int(max_ratio * group.size), group.size - 1)
-        ascending = scores[group].sort(stable=True).values[:limit].tolist()
-        units += [(score, group.name) for score in ascending]
+    for bundle in pool:
+        size = bundle[0].size
+        limit = min(int(max_ratio * size + 1e-9), size - 1)
+        ascending = torch.stack([scores[group].sort(stable=True).values for group in bundle]).sum(0)[:limit].tolist()
+        units += [(score, bundle[0].name) for score in ascending]
     return [name for _, name in sorted(units, key=lambda unit: unit[0])]
 
 
@@ -258,16 +271,16 @@ def _counts(queues: Sequence[Sequence[str]], share: float) -> dict[str, int]:
 
 
 def _share_of_pools(
-    pools: Sequence[Sequence[Group]], queues: Sequence[Sequence[str]], share: float, max_ratio: float
+    pools: Sequence[Sequence[Bundle]], queues: Sequence[Sequence[str]], share: float, max_ratio: float
 ) -> dict[str, int]:
     """Take the same share of the units of every pool."""
     counts: dict[str, int] = defaultdict(int)
     for pool, queue in zip(pools, queues, strict=True):
-        number = round(share * sum(group.size for group in pool))
+        number = round(share * sum(bundle[0].size for bundle in pool))
         if number > len(queue):
             raise BudgetError(
                 f"ratio={share} cannot be met: max_ratio={max_ratio} lets {len(queue)} units go from "
-                f"{', '.join(group.name for group in pool[:3])}, and {number} were asked for."
+                f"{', '.join(bundle[0].name for bundle in pool[:3])}, and {number} were asked for."
             )
         for name in queue[:number]:
             counts[name] += 1

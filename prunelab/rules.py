@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prunelab.axes import Axis, concatenation, find, freeze, is_frozen, leaf, product, regroup, split, unify
+from prunelab.axes import Axis, concatenation, freeze, is_frozen, leaf, leaves, product, regroup, split, unify
 
 if TYPE_CHECKING:
     from prunelab.trace import Recorder
@@ -79,6 +79,10 @@ class Call:
         for dim in dims:
             freeze(dim.axis, f"{self.where}{why and ' ' + why}")
 
+    def freeze_if_used(self, dims: Iterable[Dim], why: str) -> None:
+        """Freeze the dimensions once it is known that the model's output depends on what this call returns."""
+        self.recorder.conditions.append((self.outputs, list(dims), f"{self.where} {why}"))
+
     def fresh(self, size: int, why: str = "makes it") -> Dim:
         return Dim(leaf(size, f"{self.where} {why}"))
 
@@ -123,7 +127,9 @@ def pointwise(call: Call) -> list[Dims]:
 def same(call: Call) -> list[Dims]:
     """The result has the axes of the first argument."""
     dims = call.dims(call.tensors[0])
-    return [dims if out.dim() == len(dims) else made_like(call, out) for out in call.outputs]
+    if any(list(out.shape) != [dim.size for dim in dims] for out in call.outputs):
+        return unknown(call)
+    return [dims for _ in call.outputs]
 
 
 def made(call: Call) -> list[Dims]:
@@ -237,7 +243,10 @@ def slice_(call: Call) -> list[Dims]:
 def chunks(call: Call) -> list[Dims]:
     dims = call.dims("self")
     place = call["dim"] % len(dims)
-    pieces = split(dims[place].axis, [out.shape[place] for out in call.outputs], call.where)
+    sizes = [out.shape[place] for out in call.outputs]
+    pieces = split(dims[place].axis, sizes, call.where)
+    if len(set(sizes)) == 1 and call.name != "split_with_sizes":
+        call.recorder.ties.append(pieces)  # code that asks for equal parts will ask again
     return [[*dims[:place], Dim(piece, dims[place].origins), *dims[place + 1 :]] for piece in pieces]
 
 
@@ -315,6 +324,10 @@ def matmul(call: Call) -> list[Dims]:
         if any(dim.origins for dim in operand):
             call.mark(inner, "consumes")
             call.mark(outer, "produces")
+    if not any(dim.origins for dim in (*left, *right)):
+        _label(left[-1], "head_width")
+        for dim in batch:
+            _label(dim, "heads")
     call.count(2, *batch, left[-2], left[-1], right[-1])
     out = [*batch, left[-2], right[-1]]
     if call.name in ("addmm", "baddbmm"):
@@ -392,9 +405,10 @@ def attention(call: Call) -> list[Dims]:
 
 
 def _label(dim: Dim, label: str) -> None:
-    axis = find(dim.axis)
-    if axis.kind == "leaf":
-        axis.label = axis.label or label
+    """Name what is free in an axis after what attention does with it."""
+    for part in leaves(dim.axis):
+        if part.frozen is None:
+            part.label = part.label or label
 
 
 def embedding(call: Call) -> list[Dims]:
@@ -439,13 +453,13 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def reduction(call: Call) -> list[Dims]:
-    """Dimensions disappear into one number each; all but a plain sum would change if entries went."""
+    """Dimensions disappear into one number each; only sums and norms stay the same when silent entries go."""
     dims = call.dims(call.tensors[0])
     places = call.get("dim")
     places = [places] if isinstance(places, int) else list(places or range(len(dims)))
     gone = {place % len(dims) for place in places} if dims else set()
-    if call.name != "sum":
-        call.freeze([dims[place] for place in gone], "reduces it")
+    if call.name not in ("sum", "norm", "linalg_vector_norm", "any"):
+        call.freeze_if_used([dims[place] for place in gone], "reduces it")
     if call.outputs[0].dim() == len(dims):
         kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]
     else:
@@ -507,8 +521,9 @@ Rule = Callable[[Call], list[Dims]]
 RULES: dict[Rule, str] = {
     pointwise: "copy masked_fill native_dropout dropout where clamp lerp addcmul addcdiv prelu _prelu_kernel rrelu "
     "rrelu_with_noise gelu silu mish softplus hardtanh leaky_relu elu celu selu fill zero masked_scatter",
+    made: "new_zeros new_ones new_full new_empty new_empty_strided",
     same: "clone detach alias lift lift_fresh _to_copy contiguous to zeros_like ones_like empty_like rand_like "
-    "randn_like full_like bernoulli uniform normal view_copy alias_copy",
+    "randn_like full_like bernoulli uniform normal view_copy alias_copy as_strided",
     view: "view _unsafe_view reshape _reshape_alias flatten unflatten",
     permute: "permute",
     transpose: "transpose t numpy_T swapaxes",

@@ -1,13 +1,12 @@
-"""Surgery: cut what a plan says, or silence it.
+"""Surgery: cut what a plan says.
 
-Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class, checked by tracing it again; or the
-same model with the same entries silenced, which the smaller one must equal.
+Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class, checked by tracing it again.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,9 +16,9 @@ from prunelab import fakes
 from prunelab.attention_scale import ScaleFix, scale_fixes
 from prunelab.axes import Axis, fold, size_with
 from prunelab.errors import PlanError, TraceError
-from prunelab.modules import KeptGroupNorm, KeptLayerNorm
+from prunelab.modules import free
 from prunelab.plan import Plan
-from prunelab.trace import DependencyGraph, trace
+from prunelab.trace import VIEWS, DependencyGraph, trace
 
 PLANS = "prunelab_plans"
 """Name of the attribute in which a pruned model carries the plans that made it."""
@@ -48,36 +47,16 @@ def apply(
     """
     if backend not in ("auto", "module"):
         raise PlanError(f"backend={backend!r} is not one of auto, module.")
-    graph, kept = _open(model, plan)
+    touched = {name for cut in plan.cuts for name, _ in cut.members}
+    rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
+    graph, kept = open_plan(rehearsal, plan)
     fixes = scale_fixes(graph, kept.size)
-    rehearsal = fakes.fake_model(model, fakes.fake_mode())
     _cut(rehearsal, graph, kept, ())
     _check(rehearsal, graph, kept, plan)
-    target = model if inplace else copy.deepcopy(model)
+    target = free(model if inplace else copy.deepcopy(model), touched)
     _cut(target, graph, kept, fixes)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     return target
-
-
-def masked(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
-
-    The removed entries of every member are zero, and normalisations leave them out of their statistics.
-
-    Raises:
-        PlanError: the plan does not fit the model, or a normalisation that it touches is no module.
-    """
-    graph, kept = _open(model, plan)
-    silent = copy.deepcopy(model)
-    parameters = dict(silent.named_parameters())
-    with torch.no_grad():
-        for name, place, mask in _masks(graph, kept):
-            if name in parameters:
-                parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
-    for op in graph.tape:
-        if op.name in ("native_layer_norm", "_fused_rms_norm", "native_group_norm"):
-            _silence_norm(silent, graph, kept, op)
-    return silent
 
 
 class Kept:
@@ -106,11 +85,11 @@ class Kept:
         return fold(axis, at_leaf, outer_and, torch.cat)
 
 
-def _open(model: nn.Module, plan: Plan) -> tuple[DependencyGraph, Kept]:
+def open_plan(model: nn.Module, plan: Plan) -> tuple[DependencyGraph, Kept]:
     """Trace the model and return, for every leaf that loses entries, which of them stay (bool ``[size]``)."""
     graph = trace(model, fakes.recall_inputs(plan.inputs))
     groups = {group.name: group for group in graph.groups}
-    masks = {}
+    stay = {}
     for cut in plan.cuts:
         group = groups.get(cut.group)
         if group is None:
@@ -122,7 +101,7 @@ def _open(model: nn.Module, plan: Plan) -> tuple[DependencyGraph, Kept]:
             raise PlanError(
                 f"Cannot cut `{cut.group}`: the plan was made for {cut.size} units, this model has {group.size}."
             )
-        if tuple((member.name, member.dim) for member in group.members) != cut.members:
+        if {(member.name, member.dim) for member in group.members} != set(cut.members):
             raise PlanError(f"Cannot cut `{cut.group}`: the plan couples other parameters than this model does.")
         wrong = [unit for unit in cut.removed if not 0 <= unit < group.size]
         if wrong or len(set(cut.removed)) >= group.size:
@@ -130,11 +109,11 @@ def _open(model: nn.Module, plan: Plan) -> tuple[DependencyGraph, Kept]:
             raise PlanError(f"Cannot cut `{cut.group}`: it has {group.size} units and {what}.")
         mask = torch.ones(group.size, dtype=torch.bool)
         mask[list(cut.removed)] = False
-        masks[id(group.axis)] = mask
-    return graph, Kept(masks)
+        stay[id(group.axis)] = mask
+    return graph, Kept(stay)
 
 
-def _masks(graph: DependencyGraph, kept: Kept) -> Iterator[tuple[str, int, Tensor]]:
+def masks(graph: DependencyGraph, kept: Kept) -> Iterator[tuple[str, int, Tensor]]:
     """Yield parameter, dimension and kept mask for every dimension that loses entries."""
     for name, dims in graph.dims.items():
         for place, dim in enumerate(dims):
@@ -151,7 +130,7 @@ def _cut(model: nn.Module, graph: DependencyGraph, kept: Kept, fixes: tuple[Scal
             scale = torch.ones(source.shape[0], dtype=source.dtype, device=source.device)
             scale[fix.rows.to(source.device)] = fix.factor
             fresh[fix.name] = source * scale.view(-1, *(1 for _ in source.shape[1:]))
-        for name, place, mask in _masks(graph, kept):
+        for name, place, mask in masks(graph, kept):
             source = fresh.get(name, tensors[name])
             fresh[name] = source.index_select(place, mask.nonzero().flatten().to(source.device))
     _replace(model, {id(tensors[name]): tensor for name, tensor in fresh.items()})
@@ -193,7 +172,7 @@ def _viewed_sizes(graph: DependencyGraph, kept: Kept) -> dict[str, dict[int, set
     """Return, for every module, the sizes that its own views give and what they become."""
     changes: dict[str, dict[int, set[int]]] = {}
     for op in graph.tape:
-        if op.name in ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes"):
+        if op.name in VIEWS:
             for tensor in op.outputs:
                 for axis in graph.axes_of(tensor):
                     if kept.size(axis) != axis.size:
@@ -245,8 +224,8 @@ def _check(model: nn.Module, graph: DependencyGraph, kept: Kept, plan: Plan) -> 
                 continue
         gives = "{} gives {}".format(*found[place]) if 0 < place < len(found) else "nothing is called there"
         raise PlanError(
-            f"Cutting {type(model).__name__} would go wrong in `{modules[number]}`, so nothing was cut: `{name}` should "
-            f"give {shapes}, {gives}. Its code holds a size that could not be changed: ignore that module."
+            f"Cutting {type(model).__name__} would go wrong in `{modules[number]}`, so nothing was cut: `{name}` "
+            f"should give {shapes}, {gives}. Its code holds a size that could not be changed: ignore that module."
         )
     if place < len(found):
         raise PlanError(f"The cut {type(model).__name__} runs other operators than before, so nothing was cut.")
@@ -280,25 +259,3 @@ def _after_attention(found: list[tuple[str, Shapes]], start: int, shape: tuple[i
         if found[place] == following and found[place - 1][1] and found[place - 1][1][0] == shape:
             return place
     return 0
-
-
-# ── silencing ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _silence_norm(model: nn.Module, graph: DependencyGraph, kept: Kept, op: Any) -> None:
-    axes = graph.axes_of(op.args[0])
-    axes = axes[1:2] if op.name == "native_group_norm" else axes[len(axes) - len(op.args[1]) :]
-    if all(kept.size(axis) == axis.size for axis in axes):
-        return
-    norm = model.get_submodule(op.module)
-    makers: dict[type, Callable] = {nn.LayerNorm: KeptLayerNorm.of, nn.GroupNorm: KeptGroupNorm.of}
-    if isinstance(norm, (KeptLayerNorm, KeptGroupNorm)):
-        return
-    if type(norm) not in makers:
-        raise PlanError(f"`{op.module}` normalises over units that the plan removes, but is no LayerNorm or GroupNorm.")
-    mask = kept.mask(axes[0])
-    for axis in axes[1:]:
-        mask = mask[..., None] & kept.mask(axis)
-    parent, _, name = op.module.rpartition(".")
-    device = next(iter(norm.parameters()), torch.empty(0)).device
-    setattr(model.get_submodule(parent), name, makers[type(norm)](norm, mask.to(device)))

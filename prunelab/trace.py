@@ -23,6 +23,9 @@ from prunelab.axes import Axis, find, fold, freeze, is_frozen, leaf, leaves
 from prunelab.errors import TraceError
 from prunelab.rules import Call, Dim, Dims, apply_rule
 
+VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes")
+"""Operators whose sizes stand in the model's code, often as an integer attribute."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -86,6 +89,8 @@ class Recorder(TorchDispatchMode):
         self.tape: list[Op] = []
         self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
         self.sizes: list[tuple[str, str, Axis]] = []
+        self.ties: list[list[Axis]] = []
+        self.conditions: list[tuple[list[Tensor], Dims, str]] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
         self._dims: dict[int, Dims] = {}
@@ -170,11 +175,12 @@ class DependencyGraph:
         model: the model that was traced, untouched.
         inputs: description of the example inputs, as plain data.
         groups: the groups in forward order.
+        bundles: the groups again, with those together that must keep equal numbers of units.
         frozen: ``(name, dim) -> reason`` for every dimension of a parameter that has nothing to remove.
         tape: every operator call, in order.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, recorder: Recorder, ties: list[set[int]]) -> None:
         self.model, self.inputs, self.tape = model, inputs, recorder.tape
         self.visited = recorder.visited
         self.sizes, self.flop_terms = recorder.sizes, recorder.flops
@@ -188,6 +194,7 @@ class DependencyGraph:
         }
         self.groups: tuple[Group, ...] = _groups(recorder)
         self._by_leaf = {id(group.axis): group for group in self.groups}
+        self.bundles: tuple[tuple[Group, ...], ...] = _bundles(self.groups, ties)
 
     def groups_of(self, name: str, dim: int = 0) -> tuple[Group, ...]:
         """Return every group that runs through a dimension of a parameter, the outermost first.
@@ -237,7 +244,8 @@ class DependencyGraph:
 
     def _title(self) -> str:
         units = sum(group.size for group in self.groups)
-        return f"{type(self.model).__name__}: {len(self.groups)} groups, {units} prunable units"
+        number = f"{len(self.groups)} group{'s' if len(self.groups) != 1 else ''}"
+        return f"{type(self.model).__name__}: {number}, {units} prunable units"
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         def names(group: Group, role: str) -> str:
@@ -251,7 +259,8 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
     """Find the groups of coupled slices of ``model``, without computing anything.
 
     The model runs once, in eval mode, as a copy on tensors that have a shape and no data; the model itself is not
-    touched, and may be of any size and on any device.
+    touched, and may be of any size and on any device.  If that leaves parameters unused, it runs once more in training
+    mode, for auxiliary heads.
 
     Args:
         model: any module that PyTorch can run on fake tensors: no hints are needed.
@@ -268,7 +277,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
 
     >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4))
     >>> print(graph)
-    Sequential: 1 groups, 8 prunable units
+    Sequential: 1 group, 8 prunable units
     group  units  produced by  consumed by
     0      8      0            2
     """
@@ -286,14 +295,20 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
     results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
     if not results:
         raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
+    if any(name not in recorder.visited for name, _ in model.named_parameters()):
+        results += _run_in_training(copy, args, kwargs, mode, recorder)
     for tensor in results:
         for dim in recorder.dims(tensor):
             freeze(dim.axis, "the model's output")
+    used = _used(recorder.tape, results)
+    for outputs, dims, reason in recorder.conditions:
+        for dim in dims if any(id(tensor) in used for tensor in outputs) else []:
+            freeze(dim.axis, reason)
     for name, dims in recorder.parameters.items():
         if name not in recorder.visited:
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
-    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder)
+    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, _tie(recorder))
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
@@ -314,6 +329,82 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
+    """Return the ``id`` of every tensor that the results depend on; operators that write in place count as used."""
+    used = {id(tensor) for tensor in results}
+    for op in reversed(tape):
+        if op.func._schema.is_mutable or any(id(tensor) in used for tensor in op.outputs):
+            used.update(id(value) for value in tree_leaves((op.args, op.kwargs)) if isinstance(value, Tensor))
+            used.update(id(tensor) for tensor in op.outputs)
+    return used
+
+
+def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> list[Tensor]:
+    """Trace what only runs in training onto the same axes and return its outputs; none if it cannot run."""
+    flops, length = list(recorder.flops), len(recorder.tape)
+    try:
+        out = _run(copy.train(), args, kwargs, mode, recorder)
+    except TraceError:
+        del recorder.tape[length:]
+        return []
+    finally:
+        recorder.flops = flops
+    return [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+
+
+def _tie(recorder: Recorder) -> list[set[int]]:
+    """Return sets of leaves (by ``id``) that must keep equal numbers, since code asks for parts of equal size.
+
+    Parts are compared leaf by leaf; where they are not built alike they are frozen.  Views whose sizes stand in one
+    integer attribute of their module are tied too: it can only have one new value.
+    """
+    ties: list[set[int]] = []
+    for parts in recorder.ties:
+        columns = _columns(parts)
+        for column in columns or []:
+            reason = next((part.frozen for part in column if part.frozen), None)
+            for part in column if reason else []:
+                freeze(part, f"parts of equal size: {reason}")
+            ties.append({id(part) for part in column})
+        for part in parts if columns is None else []:
+            freeze(part, "code splits it into parts of equal size that are not built alike")
+    for module, attributes in _integers(recorder.model).items():
+        by_size: dict[int, list[Axis]] = {}
+        for op in recorder.tape:
+            if op.module == module and op.name in VIEWS:
+                for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
+                    if axis.size in attributes and not is_frozen(axis):
+                        by_size.setdefault(axis.size, []).append(axis)
+        for axes in by_size.values():
+            ties += [{id(part) for part in column} for column in _columns(axes) or []]
+    return ties
+
+
+def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
+    """Return the leaves of axes that are built alike, place by place; ``None`` if they are not."""
+    rows = [list(leaves(axis)) for axis in axes]
+    if len({tuple(part.size for part in row) for row in rows}) != 1:
+        return None
+    return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
+
+
+def _integers(model: nn.Module) -> dict[str, set[int]]:
+    found = {name: {value for value in vars(m).values() if type(value) is int} for name, m in model.named_modules()}
+    return {name: values for name, values in found.items() if values}
+
+
+def _bundles(groups: tuple[Group, ...], ties: list[set[int]]) -> tuple[tuple[Group, ...], ...]:
+    bundle_of = {id(group.axis): [group] for group in groups}
+    for tie in ties:
+        bundles = list({id(bundle_of[part]): bundle_of[part] for part in tie if part in bundle_of}.values())
+        joined = [group for bundle in bundles for group in bundle]
+        for group in joined:
+            bundle_of[id(group.axis)] = joined
+    order = {group.name: place for place, group in enumerate(groups)}
+    unique = {id(bundle): sorted(bundle, key=lambda group: order[group.name]) for bundle in bundle_of.values()}
+    return tuple(tuple(bundle) for bundle in unique.values())
+
+
 def _groups(recorder: Recorder) -> tuple[Group, ...]:
     """Collect the free leaves of all parameters, in the order in which the model first used them."""
     found: dict[int, tuple[Axis, list[tuple[str, int]]]] = {}
@@ -332,7 +423,7 @@ def _groups(recorder: Recorder) -> tuple[Group, ...]:
             for name, place in dict.fromkeys(places)
         )
         drafts.append((axis, members))
-    names = _names([(axis, members) for axis, members in drafts])
+    names = _names(recorder, drafts)
     return tuple(Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True))
 
 
@@ -351,18 +442,16 @@ def _role(roles: dict, origin: tuple[str, int], axis: Axis) -> str:
     return "produces" if "produces" in plain else "consumes" if "consumes" in plain else "carries"
 
 
-def _names(drafts: Iterable[tuple[Axis, tuple[Member, ...]]]) -> list[str]:
-    """Name each group after the module of its first producer, with a suffix where a module makes several kinds."""
-    drafts = list(drafts)
-    bases = []
-    for _, members in drafts:
-        first = next((member for member in members if member.role == "produces"), members[0])
-        bases.append(_module_of(first.name))
+def _names(recorder: Recorder, drafts: Iterable[tuple[Axis, tuple[Member, ...]]]) -> list[str]:
+    """Name each group after the module of its first producer, and after what or where it is in there."""
     names: list[str] = []
-    for base, (axis, _) in zip(bases, drafts, strict=True):
-        label = axis.label or (f"{bases[: len(names)].count(base)}" if bases.count(base) > 1 else "")
-        name = f"{base}:{label}" if label else base
-        names.append(name if name not in names else f"{name}.{len(names)}")
+    for axis, members in drafts:
+        first = next((member for member in members if member.role == "produces"), members[0])
+        free = [part for part in leaves(recorder.parameters[first.name][first.dim].axis) if part.frozen is None]
+        alone = all(part is axis for part in free)
+        place = next(place for place, part in enumerate(free) if part is axis)
+        name = _module_of(first.name) + (f":{axis.label}" if axis.label else "" if alone else f":{place}")
+        names.append(name if name not in names else f"{name}.{place}")
     return names
 
 

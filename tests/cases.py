@@ -96,6 +96,8 @@ def perturb(model: nn.Module) -> nn.Module:
         if tensor.dim() == 1 and tensor.is_floating_point():
             positive = name.endswith(("weight", "running_var"))
             tensor.data = torch.rand_like(tensor) + 0.5 if positive else 0.2 * torch.randn_like(tensor)
+        elif tensor.is_floating_point() and not tensor.any():
+            tensor.data = 0.2 * torch.randn_like(tensor)
     return model
 
 
@@ -113,7 +115,7 @@ def permuted(model: nn.Module, group: pl.Group, order: Tensor) -> nn.Module:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference, relative to the largest entry."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 def random_plan(model: nn.Module, inputs: Tensor, share: float = 0.5, seed: int = 0) -> pl.Plan:

@@ -143,6 +143,7 @@ def test_criteria_are_found_by_name():
         ([(torch.ones(2, 5), torch.zeros(2).long())], "shape \\[2, 5\\]"),
         ([(torch.ones(2, 3, device="meta"), torch.zeros(2).long())], "on meta, the model on cpu"),
         ([(torch.ones(3, 3), torch.zeros(2).long())], "but 2 targets"),
+        ([(torch.ones(2, 3), torch.full((2,), 7))], "outputs of shape \\[2, 2\\].*out of bounds"),
         ([(torch.full((2, 3), float("nan")), torch.zeros(2).long())], "`0.weight` is not finite in batch 0"),
     ],
 )

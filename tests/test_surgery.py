@@ -113,6 +113,52 @@ def test_a_narrower_head_keeps_its_scale(normed: bool):
         assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
 
 
+class Halves(nn.Module):
+    """Code that asks for two halves, each of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.left, self.right = nn.Linear(4, 12), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.both(x).chunk(2, dim=-1)
+        return self.left(left) + self.right(right.tanh())
+
+
+def test_halves_lose_equal_numbers():
+    torch.manual_seed(0)
+    model, x = Halves().double(), torch.randn(3, 4).double()
+    graph = pl.trace(model, x)
+    assert [len(bundle) for bundle in graph.bundles] == [2]
+    for options in ({"flops": 0.5}, {"ratio": 0.5}, {"ratio": 0.5, "overrides": {graph.groups[1].name: 0.5}}):
+        plan = pl.plan(pl.criteria.Random()(graph), **options)
+        assert len({len(cut.removed) for cut in plan.cuts}) == 1 and len(plan.cuts) == 2
+        assert plan.cuts[0].removed != plan.cuts[1].removed
+        with torch.no_grad():
+            assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
+
+
+class Auxiliary(nn.Module):
+    """A head that only runs in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.body(x).relu()
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_heads_that_only_run_in_training_are_cut_too():
+    model, x = Auxiliary(), torch.randn(3, 4)
+    plan = random_plan(model, x)
+    cut, silent = pl.apply(model, plan).train(), pl.masked(model, plan).train()
+    assert cut.aux.in_features == 3
+    for found, wanted in zip(cut(x), silent(x), strict=True):
+        assert error(found, wanted) < 1e-5
+
+
 class Baked(nn.Module):
     """A model whose code holds a size that no attribute tells."""
 

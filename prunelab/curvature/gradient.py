@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import Batches, Loss, call, checked
+from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.errors import BatchError
 
 
@@ -39,7 +39,7 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
             parameter.requires_grad_(True)
         for number, (inputs, targets) in enumerate(checked(model, batches, "the gradient")):
             with torch.enable_grad():
-                value = loss(call(model, inputs), targets)
+                value = mean_loss(model, inputs, targets, loss)
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is None:
