@@ -299,7 +299,8 @@ def reorder(call: Call) -> list[Dims]:
 def pixel_shuffle(call: Call) -> list[Dims]:
     *batch, channels, high, wide = call.dims("self")
     factor = call["upscale_factor"]
-    outer, _ = regroup([channels.axis], [channels.size // factor**2, factor**2], call.where)
+    outer, inner = regroup([channels.axis], [channels.size // factor**2, factor**2], call.where)
+    freeze(inner, f"{call.where} lays it out in space")
     return [[*batch, Dim(outer), call.fresh(high.size * factor), call.fresh(wide.size * factor)]]
 
 

@@ -8,6 +8,7 @@ Notebook 01_tracing derives it.
 from __future__ import annotations
 
 import html
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -312,8 +313,10 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    fast_path, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
+    quiet = log.disabled
     torch.backends.mha.set_fastpath_enabled(False)
+    log.disabled = True  # what fails is raised, with the module's name
     try:
         with torch.no_grad(), mode, recorder:
             return copy(*args, **kwargs)
@@ -327,6 +330,7 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        log.disabled = quiet
 
 
 def _used(tape: list[Op], results: list[Tensor]) -> set[int]:

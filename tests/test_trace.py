@@ -62,9 +62,9 @@ def test_heads_and_head_width_are_groups_of_their_own():
     graph = pl.trace(pl.zoo.vit_small(), torch.ones(1, 3, 32, 32))
     heads, width = graph.groups_of("blocks.2.attention.qkv.weight", 0)
     assert (heads.name, heads.size) == ("blocks.2.attention.qkv:heads", 4)
-    assert (width.name, width.size) == ("blocks.2.attention.qkv:head_width", 32)
+    assert (width.name, width.size) == ("blocks.2.attention.qkv:head_width", 24)
     rows = next(member for member in heads.members if member.name.endswith("qkv.weight")).positions(1)
-    assert rows.tolist() == [128 * part + 32 + row for part in range(3) for row in range(32)]
+    assert rows.tolist() == [96 * part + 24 + row for part in range(3) for row in range(24)]
 
 
 def test_a_flattened_image_gives_every_channel_its_positions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,12 @@ def test_a_checkpoint_is_as_good_as_its_log_says(name, mini):
 def test_networks_have_as_many_outputs_as_asked(name):
     with torch.no_grad():
         assert zoo.build(name, num_classes=7).eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_the_readme_shows_what_the_logs_say():
+    """`python -m prunelab.zoo` prints the table."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert zoo.table() in readme
 
 
 def test_every_network_has_a_recipe():

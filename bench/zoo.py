@@ -1,0 +1,121 @@
+"""Trace and cut every model of torchvision, without a hint, and measure how exact that is.
+
+    python bench/zoo.py [--models resnet18 vit_b_16 …] [--out bench/zoo.md]
+
+One row per model: time to trace, groups, share of the parameters that some group runs through, error of permuting
+all groups, and error of the cut network against the silenced one at a random cut of half of every group, in float32 and
+relative to the largest output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import prunelab as pl
+
+HEAD = ("model", "trace, s", "groups", "parameters in groups", "permutation error", "cut error", "outcome")
+
+
+def inputs_for(name: str) -> Tensor:
+    """Return one random image or clip of the size that a model was made for."""
+    if name in tv.list_models(module=tv.video):
+        frames, size = (16, 224) if name.startswith(("mvit", "swin")) else (8, 112)
+        return torch.randn(1, 3, frames, size, size)
+    size = 299 if name == "inception_v3" else 256 if name.startswith("swin_v2") else 224
+    return torch.randn(2, 3, size, size)
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    """Give norms, biases and zero-initialised weights values that matter."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            positive = name.endswith(("weight", "running_var"))
+            tensor.data = torch.rand_like(tensor) + 0.5 if positive else 0.2 * torch.randn_like(tensor)
+        elif tensor.is_floating_point() and not tensor.any():
+            tensor.data = 0.2 * torch.randn_like(tensor)
+    return model
+
+
+def error(found: object, wanted: object) -> float:
+    """Return the largest difference over all outputs, relative to each one's largest entry."""
+    pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+    return max(float((one - two).abs().max() / two.abs().max()) for one, two in pairs)
+
+
+def permuted(model: nn.Module, graph: pl.DependencyGraph) -> nn.Module:
+    """Return a copy in which the units of every group stand in another order, in every member."""
+    model = copy.deepcopy(model)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for group in graph.groups:
+        order = torch.randperm(group.size)
+        for member in group.members:
+            place = member.unit.clone()
+            owned = (place >= 0).nonzero().flatten()
+            # Positions of a unit, in order: sorting by unit puts those of equal rank side by side.
+            by_unit = owned[place[owned].argsort(stable=True)].view(group.size, -1)
+            index = torch.arange(len(place))
+            index[by_unit] = by_unit[order]
+            tensors[member.name].data = tensors[member.name].data.index_select(member.dim, index)
+    return model
+
+
+def measure(name: str) -> dict[str, object]:
+    """Return one row of the table."""
+    torch.manual_seed(0)
+    model, inputs = disturb(tv.get_model(name, weights=None)).eval(), inputs_for(name)
+    pl.trace(model, inputs)
+    start = time.perf_counter()
+    graph = pl.trace(model, inputs)
+    row: dict[str, object] = {
+        "model": name,
+        "trace, s": f"{time.perf_counter() - start:.2f}",
+        "groups": len(graph.groups),
+    }
+    names = {member.name for group in graph.groups for member in group.members}
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    row["parameters in groups"] = f"{sum(sizes.get(key, 0) for key in names) / sum(sizes.values()):.1%}"
+    with torch.no_grad():
+        wanted = model(inputs)
+        row["permutation error"] = f"{error(permuted(model, graph)(inputs), wanted):.0e}"
+        overrides = {group.name: min(0.5, 1 - 1 / group.size) for group in graph.groups}
+        plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, overrides=overrides)
+        cut = pl.apply(model, plan)
+        row["cut error"] = f"{error(cut(inputs), pl.masked(model, plan)(inputs)):.0e}"
+    good = max(float(str(row["permutation error"])), float(str(row["cut error"]))) < 1e-4
+    row["outcome"] = "exact" if good else "WRONG"
+    return row
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [n for part in (None, tv.segmentation, tv.video) for n in tv.list_models(module=part or tv)]
+    parser.add_argument("--models", nargs="+", default=everything)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    print("\n".join(lines))
+    for name in tqdm(args.models, unit="model"):
+        try:
+            row = measure(name)
+        except pl.PruneLabError as problem:
+            row = {"model": name, "outcome": str(problem).splitlines()[0][:160].replace("|", "/")}
+        lines.append("| " + " | ".join(str(row.get(key, "–")) for key in HEAD) + " |")
+        tqdm.write(lines[-1])
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
