@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from prunelab import fakes
-from prunelab.attention_scale import ScaleFix, scale_fixes
 from prunelab.axes import Axis, fold, size_with
+from prunelab.constants import ScaleFix, scale_fixes
 from prunelab.errors import PlanError, TraceError
 from prunelab.modules import free
 from prunelab.plan import Plan
+from prunelab.rehearsal import compare
 from prunelab.trace import VIEWS, DependencyGraph, trace
 
 PLANS = "prunelab_plans"
@@ -50,9 +51,12 @@ def apply(
     touched = {name for cut in plan.cuts for name, _ in cut.members}
     rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
     graph, kept = open_plan(rehearsal, plan)
-    fixes = scale_fixes(graph, kept.size)
     _cut(rehearsal, graph, kept, ())
-    _check(rehearsal, graph, kept, plan)
+    try:
+        after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
+    except TraceError as error:
+        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
+    fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
     target = free(model if inplace else copy.deepcopy(model), touched)
     _cut(target, graph, kept, fixes)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
@@ -199,63 +203,3 @@ def _layer_sizes(module: nn.Module, groups: int | None) -> dict[str, Any]:
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight.shape[1]}
     return {}
-
-
-def _check(model: nn.Module, graph: DependencyGraph, kept: Kept, plan: Plan) -> None:
-    """Trace the cut model and compare every operator's result with what the axes say.
-
-    Raises:
-        PlanError: they differ.
-    """
-    try:
-        again = trace(model, fakes.recall_inputs(plan.inputs))
-    except TraceError as error:
-        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
-    found, wanted = _shapes(again, Kept({})), _shapes(graph, kept)
-    modules = [op.module for op in graph.tape if op.name not in COPIES]
-    place = 0
-    for number, (name, shapes) in enumerate(wanted):
-        if place < len(found) and found[place] == (name, shapes):
-            place += 1
-            continue
-        if "scaled_dot_product" in name and number + 1 < len(wanted):
-            place = _after_attention(found, place, shapes[0], wanted[number + 1])
-            if place:
-                continue
-        gives = "{} gives {}".format(*found[place]) if 0 < place < len(found) else "nothing is called there"
-        raise PlanError(
-            f"Cutting {type(model).__name__} would go wrong in `{modules[number]}`, so nothing was cut: `{name}` "
-            f"should give {shapes}, {gives}. Its code holds a size that could not be changed: ignore that module."
-        )
-    if place < len(found):
-        raise PlanError(f"The cut {type(model).__name__} runs other operators than before, so nothing was cut.")
-
-
-Shapes = list[tuple[int, ...]]
-COPIES = ("clone", "contiguous", "alias", "detach")
-
-
-def _shapes(graph: DependencyGraph, kept: Kept) -> list[tuple[str, Shapes]]:
-    """Return the name and the output shapes of every operator, once the entries that are not kept have gone.
-
-    Copies are left out: whether one is needed depends on how tensors lie in memory, not on what is computed.
-    """
-    return [
-        (
-            op.name.replace("_unsafe_view", "view"),
-            [tuple(kept.size(axis) for axis in graph.axes_of(tensor)) for tensor in op.outputs],
-        )
-        for op in graph.tape
-        if op.name not in COPIES
-    ]
-
-
-def _after_attention(found: list[tuple[str, Shapes]], start: int, shape: tuple[int, ...], following: Any) -> int:
-    """Return where the cut model goes on after attention, where PyTorch may pick another kernel; 0 if nowhere.
-
-    Fused kernels want values as wide as queries; without them the same product is several operators.
-    """
-    for place in range(start + 1, min(start + 30, len(found))):
-        if found[place] == following and found[place - 1][1] and found[place - 1][1][0] == shape:
-            return place
-    return 0

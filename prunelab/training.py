@@ -62,7 +62,7 @@ RECIPES = {
     "resnet32": Recipe(epochs=36, lr=0.1, weight_decay=5e-4),
     "vgg13_narrow": Recipe(epochs=30, lr=0.1, weight_decay=5e-4),
     "vgg19": Recipe(epochs=60, lr=0.05, weight_decay=5e-4),
-    "vit_small": Recipe(epochs=12, lr=1e-3, weight_decay=0.05, optimizer="adamw"),
+    "vit_small": Recipe(epochs=20, lr=1e-3, weight_decay=0.05, optimizer="adamw"),
 }
 
 

@@ -113,6 +113,51 @@ def test_a_narrower_head_keeps_its_scale(normed: bool):
         assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
 
 
+class OwnScale(DefaultScale):
+    """Attention written out, with a scale that its code takes from the width at hand."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__(normed=False)
+        self.early = early
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        width = query.shape[-1]
+        if self.early:
+            scores = query * width**-0.5 @ key.transpose(-2, -1)
+        else:
+            scores = query @ key.transpose(-2, -1) / width**0.5
+        return self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_scale_in_the_code_is_kept_too(early: bool):
+    torch.manual_seed(0)
+    model, x = OwnScale(early).double().eval(), torch.randn(2, 5, 6).double()
+    graph = pl.trace(model, x)
+    width = graph.groups_of("query.weight")[-1]
+    plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, ignore=["value"], overrides={width.name: 0.5})
+    with torch.no_grad():
+        assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
+
+
+def test_a_constant_that_cannot_be_made_up_for_is_an_error():
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x - x.sum(-1, keepdim=True) / x.shape[-1])
+
+    model, x = Mean(), torch.randn(3, 4)
+    with pytest.raises(pl.PlanError, match=r"`div`.*computes with \[6\], which the cut makes \[3\]"):
+        pl.apply(model, random_plan(model, x))
+
+
 class Halves(nn.Module):
     """Code that asks for two halves, each of its own."""
 
