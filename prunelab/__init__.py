@@ -11,12 +11,13 @@ from prunelab import criteria, data, zoo
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
+from prunelab.groups import Group, Member
 from prunelab.io import load, save
 from prunelab.plan import Plan, plan
 from prunelab.pruning import Report, prune
 from prunelab.silence import masked
 from prunelab.surgery import apply
-from prunelab.trace import DependencyGraph, Group, Member, trace
+from prunelab.trace import DependencyGraph, trace
 
 __version__ = "0.1.0"
 

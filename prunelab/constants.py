@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from prunelab.axes import Axis
 from prunelab.errors import PlanError
-from prunelab.trace import DependencyGraph, Op
+from prunelab.recorder import Op
+from prunelab.trace import DependencyGraph
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
 _SHAPES = _VIEWS | {"permute", "transpose", "t", "select", "unbind", "slice", "split", "split_with_sizes", "unsqueeze"}

@@ -18,7 +18,7 @@ from torch import nn
 from prunelab.cost import CostModel
 from prunelab.criteria.base import Scores
 from prunelab.errors import BudgetError, PlanError
-from prunelab.trace import Group
+from prunelab.groups import Group
 
 FORMAT = 1
 TOLERANCE = 0.01

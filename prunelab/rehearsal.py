@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from prunelab.axes import Axis
 from prunelab.errors import PlanError
-from prunelab.trace import DependencyGraph, Op
+from prunelab.recorder import Op
+from prunelab.trace import DependencyGraph
 
 COPIES = ("clone", "contiguous", "alias", "detach")
 """Whether one of these is needed depends on how tensors lie in memory, not on what is computed."""

@@ -8,91 +8,14 @@ costs prunable units, never a wrong cut.  Notebook 01_tracing walks through the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelab.axes import Axis, concatenation, freeze, is_frozen, leaf, leaves, product, regroup, split, unify
-
-if TYPE_CHECKING:
-    from prunelab.trace import Recorder
-
-
-class Dim(NamedTuple):
-    """One dimension of one tensor: its axis, and the ``(parameter, dimension)`` pairs that it is made from, if any.
-
-    Only tensors computed from parameters alone have origins; they tell which parameter an operator consumes.
-    """
-
-    axis: Axis
-    origins: frozenset[tuple[str, int]] = frozenset()
-
-    @property
-    def size(self) -> int:
-        return self.axis.size
-
-
-Dims = list[Dim]
-
-
-class Call:
-    """One call of an operator: its arguments by name, the axes of its tensors, and where it happened."""
-
-    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        self.recorder, self.func, self.out = recorder, func, out
-        self.name = func._schema.name.removeprefix("aten::")
-        self.values: dict[str, Any] = {}
-        for position, argument in enumerate(func._schema.arguments):
-            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-            self.values[argument.name] = given
-        self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.values.get(name, default)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, lists included."""
-        found: list[Tensor] = []
-        for value in self.values.values():
-            found += [item for item in (value if isinstance(value, (list, tuple)) else [value]) if _is_tensor(item)]
-        return found
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        out = self.out if isinstance(self.out, (list, tuple)) else [self.out]
-        return [item for item in out if _is_tensor(item)]
-
-    def dims(self, value: Any) -> Dims:
-        """Return the dimensions of an argument, given by its name or as a tensor."""
-        return self.recorder.dims(self.values[value] if isinstance(value, str) else value)
-
-    def unify(self, first: Dim, second: Dim) -> None:
-        unify(first.axis, second.axis, f"{self.where}")
-
-    def freeze(self, dims: Iterable[Dim], why: str = "") -> None:
-        for dim in dims:
-            freeze(dim.axis, f"{self.where}{why and ' ' + why}")
-
-    def freeze_if_used(self, dims: Iterable[Dim], why: str) -> None:
-        """Freeze the dimensions once it is known that the model's output depends on what this call returns."""
-        self.recorder.conditions.append((self.outputs, list(dims), f"{self.where} {why}"))
-
-    def fresh(self, size: int, why: str = "makes it") -> Dim:
-        return Dim(leaf(size, f"{self.where} {why}"))
-
-    def mark(self, dim: Dim, role: str, within: Axis | None = None) -> None:
-        for origin in dim.origins:
-            self.recorder.marks.append((origin, role, within))
-
-    def count(self, constant: int, *dims: Dim) -> None:
-        """Add a term ``constant × sizes of dims`` to the model's FLOPs."""
-        self.recorder.flops.append((constant, tuple(dim.axis for dim in dims)))
+from prunelab.axes import concatenation, freeze, is_frozen, leaf, leaves, product, regroup, split
+from prunelab.recorder import Call, Dim, Dims
 
 
 def _is_tensor(value: Any) -> bool:

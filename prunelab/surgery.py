@@ -16,10 +16,11 @@ from prunelab import fakes
 from prunelab.axes import Axis, fold, size_with
 from prunelab.constants import ScaleFix, scale_fixes
 from prunelab.errors import PlanError, TraceError
+from prunelab.groups import VIEWS
 from prunelab.modules import free
 from prunelab.plan import Plan
 from prunelab.rehearsal import compare
-from prunelab.trace import VIEWS, DependencyGraph, trace
+from prunelab.trace import DependencyGraph, trace
 
 PLANS = "prunelab_plans"
 """Name of the attribute in which a pruned model carries the plans that made it."""

@@ -9,164 +9,20 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunelab import fakes
-from prunelab.axes import Axis, find, fold, freeze, is_frozen, leaf, leaves
+from prunelab.axes import Axis, freeze, is_frozen, leaf, leaves
 from prunelab.errors import TraceError
-from prunelab.rules import Call, Dim, Dims, apply_rule
-
-VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes")
-"""Operators whose sizes stand in the model's code, often as an integer attribute."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One dimension of one parameter or buffer that a group runs through.
-
-    Attributes:
-        name: qualified name of the parameter or buffer.
-        dim: the dimension.
-        role: ``"produces"`` (rows of a weight), ``"consumes"`` (its columns) or ``"carries"`` (norms, biases, scales).
-        unit: int64 ``[size of the dimension]``: the unit that owns each position, -1 where none does.
-    """
-
-    name: str
-    dim: int
-    role: str
-    unit: Tensor = field(repr=False, compare=False)
-
-    def positions(self, unit: int) -> Tensor:
-        """Return int64 positions of one unit of the group in this dimension."""
-        return (self.unit == unit).nonzero().flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Slices that can only be removed together.
-
-    Attributes:
-        name: of the module that produces the units, with what they are after a colon if it has several kinds.
-        size: number of prunable units.
-        members: every dimension that the group runs through.
-        axis: the leaf of the axis algebra.
-    """
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    axis: Axis = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One call of an operator: what was called, where, and the fake tensors that went in and came out."""
-
-    func: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    outputs: tuple[Tensor, ...]
-    module: str
-
-    @property
-    def name(self) -> str:
-        return self.func._schema.name.removeprefix("aten::")
-
-
-class Recorder(TorchDispatchMode):
-    """Lets a model run on fake tensors and keeps, for every tensor, the axes of its dimensions."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.tape: list[Op] = []
-        self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
-        self.sizes: list[tuple[str, str, Axis]] = []
-        self.ties: list[list[Axis]] = []
-        self.conditions: list[tuple[list[Tensor], Dims, str]] = []
-        self.flops: list[tuple[int, tuple[Axis, ...]]] = []
-        self.visited: dict[str, int] = {}
-        self._dims: dict[int, Dims] = {}
-        self._keep: list[Tensor] = []
-        self._stack: list[str] = []
-        self.parameters: dict[str, Dims] = {}
-        self._names: dict[int, str] = {}
-        for name, tensor in _tensors(model):
-            why = None if tensor.is_floating_point() or tensor.is_complex() else "it holds numbers, not weights"
-            self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
-            self._names[id(tensor)] = name
-            self.know(tensor, self.parameters[name])
-
-    @property
-    def module(self) -> str:
-        """Qualified name of the module whose ``forward`` runs now."""
-        return self._stack[-1] if self._stack else ""
-
-    def know(self, tensor: Tensor, dims: Dims) -> None:
-        """Keep the axes of a tensor (and the tensor, so that its identity stays its own)."""
-        self._dims[id(tensor)] = dims
-        self._keep.append(tensor)
-
-    def dims(self, tensor: Tensor) -> Dims:
-        """Return the axes of a tensor; one that the tracer never saw is a constant of the code."""
-        if id(tensor) not in self._dims:
-            where = f"a constant in `{self.module or type(self.model).__name__}`"
-            self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
-        return self._dims[id(tensor)]
-
-    def watch_modules(self) -> None:
-        """Follow which module runs, by hooks on the fake copy."""
-
-        def leave(*_: Any) -> None:
-            self._stack.pop()
-
-        for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))
-            module.register_forward_hook(leave, always_call=True)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        try:
-            out = func(*args, **kwargs)
-        except Exception as error:
-            raise TraceError(
-                f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
-                f"failed on tensors without data: {_first_line(error)}"
-            ) from error
-        call = Call(self, func, args, kwargs, out)
-        if not call.outputs:
-            return out
-        for tensor in call.tensors:
-            if id(tensor) in self._names:
-                self.visited.setdefault(self._names[id(tensor)], len(self.visited))
-        computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
-        for tensor, dims in zip(call.outputs, apply_rule(call), strict=True):
-            if id(tensor) not in self._names:
-                self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
-        self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module))
-        return out
-
-
-def _parametric(dims: Dims) -> bool:
-    return not dims or any(dim.origins for dim in dims)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer once, by its first name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+from prunelab.groups import Group, make_bundles, make_groups, module_of, tie
+from prunelab.recorder import Dim, Op, Recorder, first_line
+from prunelab.rules import apply_rule
 
 
 class DependencyGraph:
@@ -193,9 +49,9 @@ class DependencyGraph:
             for place, dim in enumerate(dims)
             if is_frozen(dim.axis)
         }
-        self.groups: tuple[Group, ...] = _groups(recorder)
+        self.groups: tuple[Group, ...] = make_groups(recorder)
         self._by_leaf = {id(group.axis): group for group in self.groups}
-        self.bundles: tuple[tuple[Group, ...], ...] = _bundles(self.groups, ties)
+        self.bundles: tuple[tuple[Group, ...], ...] = make_bundles(self.groups, ties)
 
     def groups_of(self, name: str, dim: int = 0) -> tuple[Group, ...]:
         """Return every group that runs through a dimension of a parameter, the outermost first.
@@ -250,7 +106,7 @@ class DependencyGraph:
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         def names(group: Group, role: str) -> str:
-            found = list(dict.fromkeys(_module_of(m.name) for m in group.members if m.role == role))
+            found = list(dict.fromkeys(module_of(m.name) for m in group.members if m.role == role))
             return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
         return [(g.name, str(g.size), names(g, "produces") or "–", names(g, "consumes") or "–") for g in self.groups]
@@ -287,8 +143,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode)
-    recorder = Recorder(copy)
-    recorder.watch_modules()
+    recorder = Recorder(copy, apply_rule)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
@@ -309,7 +164,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
         if name not in recorder.visited:
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
-    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, _tie(recorder))
+    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder))
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
@@ -325,7 +180,7 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
     except Exception as error:
         where = f"in `{recorder.module}`" if recorder.module else "in its forward"
         raise TraceError(
-            f"{type(copy).__name__} cannot be traced: {where}: {_first_line(error)}. "
+            f"{type(copy).__name__} cannot be traced: {where}: {first_line(error)}. "
             "Check the example inputs; code that looks at values cannot run on tensors without data."
         ) from error
     finally:
@@ -354,126 +209,3 @@ def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, reco
     finally:
         recorder.flops = flops
     return [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
-
-
-def _tie(recorder: Recorder) -> list[set[int]]:
-    """Return sets of leaves (by ``id``) that must keep equal numbers, since code asks for parts of equal size.
-
-    Parts are compared leaf by leaf; where they are not built alike they are frozen.  Views whose sizes stand in one
-    integer attribute of their module are tied too: it can only have one new value.
-    """
-    ties: list[set[int]] = []
-    for parts in recorder.ties:
-        columns = _columns(parts)
-        for column in columns or []:
-            reason = next((part.frozen for part in column if part.frozen), None)
-            for part in column if reason else []:
-                freeze(part, f"parts of equal size: {reason}")
-            ties.append({id(part) for part in column})
-        for part in parts if columns is None else []:
-            freeze(part, "code splits it into parts of equal size that are not built alike")
-    for module, attributes in _integers(recorder.model).items():
-        by_size: dict[int, list[Axis]] = {}
-        for op in recorder.tape:
-            if op.module == module and op.name in VIEWS:
-                for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
-                    if axis.size in attributes and not is_frozen(axis):
-                        by_size.setdefault(axis.size, []).append(axis)
-        for axes in by_size.values():
-            ties += [{id(part) for part in column} for column in _columns(axes) or []]
-    return ties
-
-
-def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
-    """Return the leaves of axes that are built alike, place by place; ``None`` if they are not."""
-    rows = [list(leaves(axis)) for axis in axes]
-    if len({tuple(part.size for part in row) for row in rows}) != 1:
-        return None
-    return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
-
-
-def _integers(model: nn.Module) -> dict[str, set[int]]:
-    found = {name: {value for value in vars(m).values() if type(value) is int} for name, m in model.named_modules()}
-    return {name: values for name, values in found.items() if values}
-
-
-def _bundles(groups: tuple[Group, ...], ties: list[set[int]]) -> tuple[tuple[Group, ...], ...]:
-    bundle_of = {id(group.axis): [group] for group in groups}
-    for tie in ties:
-        bundles = list({id(bundle_of[part]): bundle_of[part] for part in tie if part in bundle_of}.values())
-        joined = [group for bundle in bundles for group in bundle]
-        for group in joined:
-            bundle_of[id(group.axis)] = joined
-    order = {group.name: place for place, group in enumerate(groups)}
-    unique = {id(bundle): sorted(bundle, key=lambda group: order[group.name]) for bundle in bundle_of.values()}
-    return tuple(tuple(bundle) for bundle in unique.values())
-
-
-def _groups(recorder: Recorder) -> tuple[Group, ...]:
-    """Collect the free leaves of all parameters, in the order in which the model first used them."""
-    found: dict[int, tuple[Axis, list[tuple[str, int]]]] = {}
-    for name in sorted(recorder.visited, key=recorder.visited.__getitem__):
-        for place, dim in enumerate(recorder.parameters[name]):
-            for part in leaves(dim.axis):
-                if part.frozen is None:
-                    found.setdefault(id(part), (part, []))[1].append((name, place))
-    roles = _roles(recorder)
-    drafts = []
-    for axis, places in found.values():
-        members = tuple(
-            Member(
-                name, place, _role(roles, (name, place), axis), unit_map(recorder.parameters[name][place].axis, axis)
-            )
-            for name, place in dict.fromkeys(places)
-        )
-        drafts.append((axis, members))
-    names = _names(recorder, drafts)
-    return tuple(Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True))
-
-
-def _roles(recorder: Recorder) -> dict[tuple[str, int], list[tuple[str, Axis | None]]]:
-    roles: dict[tuple[str, int], list[tuple[str, Axis | None]]] = {}
-    for origin, role, within in recorder.marks:
-        roles.setdefault(origin, []).append((role, within))
-    return roles
-
-
-def _role(roles: dict, origin: tuple[str, int], axis: Axis) -> str:
-    known = roles.get(origin, [])
-    if any(within is not None and any(part is axis for part in leaves(within)) for _, within in known):
-        return "carries"
-    plain = {role for role, within in known if within is None}
-    return "produces" if "produces" in plain else "consumes" if "consumes" in plain else "carries"
-
-
-def _names(recorder: Recorder, drafts: Iterable[tuple[Axis, tuple[Member, ...]]]) -> list[str]:
-    """Name each group after the module of its first producer, and after what or where it is in there."""
-    names: list[str] = []
-    for axis, members in drafts:
-        first = next((member for member in members if member.role == "produces"), members[0])
-        free = [part for part in leaves(recorder.parameters[first.name][first.dim].axis) if part.frozen is None]
-        alone = all(part is axis for part in free)
-        place = next(place for place, part in enumerate(free) if part is axis)
-        name = _module_of(first.name) + (f":{axis.label}" if axis.label else "" if alone else f":{place}")
-        names.append(name if name not in names else f"{name}.{place}")
-    return names
-
-
-def _module_of(name: str) -> str:
-    module, _, parameter = name.rpartition(".")
-    return module if module and parameter in ("weight", "bias", "running_mean", "running_var") else name
-
-
-def unit_map(axis: Axis, target: Axis) -> Tensor:
-    """Return int64 ``[axis.size]``: which entry of the leaf ``target`` each entry of ``axis`` belongs to, or -1."""
-
-    def at_leaf(part: Axis) -> Tensor:
-        return torch.arange(part.size) if part is find(target) else torch.full((part.size,), -1)
-
-    def at_product(parts: list[Tensor]) -> Tensor:
-        out = parts[0]
-        for part in parts[1:]:
-            out = torch.maximum(out[:, None], part[None, :]).flatten()
-        return out
-
-    return fold(axis, at_leaf, at_product, torch.cat)

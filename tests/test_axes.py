@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunelab.axes import concatenation, find, freeze, is_frozen, leaf, leaves, product, regroup, show, split, unify
-from prunelab.trace import unit_map
+from prunelab.groups import unit_map
 
 
 def test_a_leaf_becomes_what_it_meets():

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.errors import BudgetError, PlanError
-from prunelab.trace import DependencyGraph, Group, Member
+from prunelab.groups import Group, Member
+from prunelab.trace import DependencyGraph
 
 
 @dataclass(frozen=True, eq=False)

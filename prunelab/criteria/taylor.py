@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Scores, sum_by_unit
 from prunelab.curvature import mean_gradient
-from prunelab.trace import DependencyGraph, Member
+from prunelab.groups import Member
+from prunelab.trace import DependencyGraph
 
 
 @dataclass
