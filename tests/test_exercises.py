@@ -1,0 +1,77 @@
+"""Checkers accept the solutions that we hand out, and explain the mistakes that people make."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunelab import exercises
+
+SOLUTIONS = Path(__file__).resolve().parents[1] / "notebooks" / "solutions" / "00_tour.md"
+
+
+@pytest.mark.parametrize("name", ["kept_flops", "lowest_units"])
+def test_the_solutions_are_right(name):
+    if not SOLUTIONS.is_file():
+        pytest.skip("the notebooks are not here")
+    found: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", SOLUTIONS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(block, found)
+    assert getattr(exercises, name)(found[name])
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda i, o: o, "output channels alone"),
+        (lambda i, o: (i + o) / 2, "averages"),
+        (lambda i, o: 1 - i * o, "the share that is left was asked for"),
+        (lambda i, o: 9 * i * o, "How many pairs"),
+        (lambda i, o: ..., "replace the dots"),
+        (lambda i, o: i / 0, "ZeroDivisionError"),
+        (lambda i, o: torch.tensor([i, o]), "not Tensor"),
+    ],
+)
+def test_mistakes_about_flops_are_explained(attempt, words):
+    verdict = exercises.kept_flops(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def highest(scores, number):
+    return exercises._lowest(scores, number, sign=-1)
+
+
+def per_group(scores, number):
+    return {name: score.argsort()[: -(-number // len(scores))].tolist() for name, score in scores.items()}
+
+
+def emptied(scores, number):
+    return exercises._lowest(scores, number, spare=False)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (highest, "highest scores"),
+        (per_group, "units and not"),
+        (lambda scores, number: per_group(scores, 2) if number == 2 else exercises._lowest(scores, number), "compete"),
+        (emptied, "leave one"),
+        (lambda scores, number: [0, 1], "not list"),
+        (lambda scores, number: dict.fromkeys(scores, 1), "lists of units"),
+        (lambda scores, number: None, "returns nothing"),
+    ],
+)
+def test_mistakes_about_plans_are_explained(attempt, words):
+    verdict = exercises.lowest_units(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def test_a_verdict_reads_as_a_sentence_in_text_and_on_a_page():
+    verdict = exercises.Verdict(False, "1 < 2")
+    assert repr(verdict) == "Not yet: 1 < 2"
+    assert "1 &lt; 2" in verdict._repr_html_()
