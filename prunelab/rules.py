@@ -351,7 +351,10 @@ def batch_norm(call: Call) -> list[Dims]:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if _is_tensor(call.get(name)):
             call.unify(dims[1], call.dims(name)[0])
-    return [dims, *(made_like(call, other) for other in call.outputs[1:])]
+    return [
+        dims,
+        *([dims[1]] if other.dim() == 1 and len(other) else made_like(call, other) for other in call.outputs[1:]),
+    ]
 
 
 def layer_norm(call: Call) -> list[Dims]:
@@ -444,7 +447,8 @@ Rule = Callable[[Call], list[Dims]]
 
 RULES: dict[Rule, str] = {
     pointwise: "copy masked_fill native_dropout dropout where clamp lerp addcmul addcdiv prelu _prelu_kernel rrelu "
-    "rrelu_with_noise gelu silu mish softplus hardtanh leaky_relu elu celu selu fill zero masked_scatter",
+    "rrelu_with_noise gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink log_sigmoid_forward "
+    "threshold leaky_relu elu celu selu fill zero masked_scatter",
     made: "new_zeros new_ones new_full new_empty new_empty_strided",
     same: "clone detach alias lift lift_fresh _to_copy contiguous to zeros_like ones_like empty_like rand_like "
     "randn_like full_like bernoulli uniform normal view_copy alias_copy as_strided",
