@@ -1,0 +1,189 @@
+"""Taps: watch every layer call of a forward pass, with its input and its output, whatever module it happens in.
+
+Flows in: a model; any forward pass inside ``with Taps(model) as taps``.  Flows out: ``taps.calls``, in the order in
+which they ran.  Module hooks see modules; curvature belongs to *weights*, which may be used by a bare ``F.linear``,
+several times, or slice by slice (the fused projection of ``nn.MultiheadAttention``).  So the taps sit on functions.
+Notebook 07_kfac derives what is made of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+# What is watched: function -> kind, and the names of its arguments in order.
+LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
+    F.linear: ("linear", ("input", "weight", "bias")),
+    F.conv1d: ("conv", _CONV),
+    F.conv2d: ("conv", _CONV),
+    F.conv3d: ("conv", _CONV),
+    F.conv_transpose1d: ("conv_transpose", _TRANSPOSED),
+    F.conv_transpose2d: ("conv_transpose", _TRANSPOSED),
+    F.conv_transpose3d: ("conv_transpose", _TRANSPOSED),
+}
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One use of a weight.
+
+    Attributes:
+        weight: qualified name of the parameter; the first one if it is tied.
+        rows: which rows (dimension 0) of that parameter this call used; all, unless it took a slice.
+        bias: name of the bias, if there is one and it is a parameter.
+        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
+        input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
+        output: what it gave; ``None`` as long as the call has not run.
+        stride, padding, dilation, output_padding: one number per spatial dimension; empty for ``"linear"``.
+        groups: of the convolution.
+        bias_rows: which entries of the bias were used.
+        edge: where the gradient of ``output`` is found, also if the model changed ``output`` in place afterwards:
+            ``torch.autograd.grad(loss, [call.edge])``.  ``None`` when the output needs no gradient.
+    """
+
+    weight: str
+    rows: slice
+    bias: str | None
+    kind: str
+    input: Tensor
+    output: Tensor | None = None
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    output_padding: tuple[int, ...] = ()
+    bias_rows: slice = field(default_factory=lambda: slice(0, 0))
+    edge: GradientEdge | None = None
+
+
+class Taps(TorchFunctionMode):
+    """Record the layer calls of every forward pass that runs inside ``with Taps(model) as taps``.
+
+    Args:
+        model: the network; calls whose weight is one of its parameters, or consecutive rows of one, are recorded.
+        before: called with each call before it runs (``output`` is ``None``); a tensor it returns replaces the input.
+        after: called with each call after it ran; a tensor it returns replaces the output.
+        parameters: name -> tensor, in place of the model's own (``torch.func.functional_call``).
+        keep: whether calls are kept in ``calls``; ``False`` where ``before`` and ``after`` are all that is wanted.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> with Taps(model) as taps:
+        ...     output = model(torch.ones(5, 3))
+        >>> [(call.weight, tuple(call.input.shape)) for call in taps.calls]
+        [('0.weight', (5, 3)), ('2.weight', (5, 4))]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[LayerCall], Tensor | None] | None = None,
+        after: Callable[[LayerCall], Tensor | None] | None = None,
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        keep: bool = True,
+    ) -> None:
+        super().__init__()
+        named = dict(model.named_parameters()) if parameters is None else parameters
+        self.names: dict[int, str] = {}
+        for name, parameter in named.items():
+            self.names.setdefault(id(parameter), name)
+        self.tensors = list(named.values())  # an id means its tensor only as long as that lives
+        self.before, self.after, self.keep = before, after, keep
+        self.calls: list[LayerCall] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:  # a handler runs without its mode; this function's own layers are to be seen
+                return _attention(*args, **kwargs)
+        if func not in LAYERS:
+            return func(*args, **kwargs)
+        kind, names = LAYERS[func]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = self._call(kind, given)
+        if call is None:
+            return func(*args, **kwargs)
+        if self.keep:
+            self.calls.append(call)
+        replaced = self.before(call) if self.before else None
+        call.input = call.input if replaced is None else replaced
+        if kind != "linear":
+            given["padding"] = call.padding
+        output = func(**{**given, "input": call.input})
+        call.output = output
+        call.edge = get_gradient_edge(output) if output.requires_grad else None
+        replaced = self.after(call) if self.after else None
+        return output if replaced is None else replaced
+
+    def _call(self, kind: str, given: dict[str, Any]) -> LayerCall | None:
+        found = self._place(given["weight"])
+        if found is None:
+            return None
+        name, rows = found
+        place = None if given.get("bias") is None else self._place(given["bias"])
+        bias, bias_rows = place if place else (None, slice(0, 0))
+        call = LayerCall(name, rows, bias, kind, given["input"], bias_rows=bias_rows)
+        if kind == "linear":
+            return call
+        space = given["weight"].dim() - 2
+        if call.input.dim() != space + 2:  # one image without a batch dimension
+            return None
+        call.stride, call.dilation = (_each(given.get(key, 1), space) for key in ("stride", "dilation"))
+        call.output_padding = _each(given.get("output_padding", 0), space)
+        call.groups = given.get("groups", 1)
+        call.padding, call.input = _padding(given.get("padding", 0), call, given["weight"].shape[2:])
+        return call
+
+    def _place(self, tensor: Tensor) -> tuple[str, slice] | None:
+        """Return which rows of which parameter a tensor is, or ``None``."""
+        if id(tensor) in self.names:
+            return self.names[id(tensor)], slice(0, len(tensor))
+        whole = tensor._base
+        if whole is None or id(whole) not in self.names or whole.dim() != tensor.dim():
+            return None
+        if whole.shape[1:] != tensor.shape[1:] or whole.stride() != tensor.stride() or not whole.stride(0):
+            return None
+        first, rest = divmod(int(tensor.storage_offset() - whole.storage_offset()), whole.stride(0))
+        return None if rest else (self.names[id(whole)], slice(first, first + len(tensor)))
+
+
+def _each(value: int | Sequence[int], space: int) -> tuple[int, ...]:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * space if len(sizes) == 1 else sizes
+
+
+def _padding(padding: Any, call: LayerCall, kernel: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
+    """Return the padding in numbers; what is not the same on both sides (``"same"``) is put on the input itself."""
+    if padding == "valid":
+        return (0,) * len(kernel), call.input
+    if padding != "same":
+        return _each(padding, len(kernel)), call.input
+    total = [dilation * (size - 1) for dilation, size in zip(call.dilation, kernel, strict=True)]
+    if any(size % 2 for size in total):
+        sides = [side for size in reversed(total) for side in (size // 2, size - size // 2)]
+        return (0,) * len(kernel), F.pad(call.input, sides)
+    return tuple(size // 2 for size in total), call.input
+
+
+# The body of F.multi_head_attention_forward without its first question, whether a mode wants to take it over: asked
+# again, that would never end.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
