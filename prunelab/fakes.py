@@ -45,12 +45,24 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for _, buffer in model.named_buffers():
         memo[id(buffer)] = fake_tensor(buffer, mode)
     try:
-        return copy.deepcopy(model, memo)
+        return forget(copy.deepcopy(model, memo))
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied, which tracing and surgery need: {error}. "
             "Keep locks, loaders and open files outside the model."
         ) from error
+
+
+def forget(model: nn.Module) -> nn.Module:
+    """Make a model drop what it computed from its parameters and kept for later (LeViT's attention biases).
+
+    Such models do so when they are set to train; every module then gets its own mode back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
+    return model
 
 
 def fake_inputs(inputs: Inputs, mode: FakeTensorMode) -> tuple[tuple, dict[str, Any]]:

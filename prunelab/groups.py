@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunelab.axes import Axis, find, fold, freeze, is_frozen, leaves
 from prunelab.recorder import Recorder
 
-VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes")
+VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes", "slice")
 """Operators whose sizes stand in the model's code, often as an integer attribute."""
 
 

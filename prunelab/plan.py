@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from prunelab.cost import CostModel
 from prunelab.criteria.base import Scores
+from prunelab.criteria.greedy import Bundle, removal_order
 from prunelab.errors import BudgetError, PlanError
 from prunelab.groups import Group
 
@@ -106,8 +106,11 @@ def plan(
     round_to: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     overrides: Mapping[str, float] | None = None,
+    per: Literal["unit", "flops", "params"] = "unit",
 ) -> Plan:
     """Choose the units to remove: those of lowest score, until a budget is met.
+
+    Scores that carry a matrix are ranked greedily: the unit goes next that adds least to the cost of all that is gone.
 
     Args:
         scores: from a criterion.
@@ -121,6 +124,8 @@ def plan(
         round_to: keep a multiple of this many units in every group.
         ignore: names or modules whose parameters stay whole.
         overrides: group name -> share removed from that group, instead of what the ranking says.
+        per: compare scores as they are (``"unit"``), or per ``"flops"`` or ``"params"`` that a unit saves in the whole
+            network: several units that save little then stand against one that saves much.
 
     Returns:
         A plan whose FLOPs or parameters are at most the budget, within 1 % of it where units allow.
@@ -143,9 +148,11 @@ def plan(
     }
     free = [bundle for bundle in graph.bundles if not (skipped | fixed.keys()) & _names(bundle)]
     pools = _pools(free, scope)
-    queues = [_queue(scores, pool, max_ratio) for pool in pools]
     cost = CostModel(graph)
     whole = cost({})
+    limits = {b[0].name: min(int(max_ratio * b[0].size + 1e-9), b[0].size - 1) for b in free}
+    order = removal_order(scores, pools, limits, _prices(free, cost, per), fixed)
+    queues = order.queues
 
     def kept(counts: Mapping[str, int]) -> dict[str, int]:
         left = {group.name: group.size - counts.get(bundle[0].name, 0) for bundle in free for group in bundle}
@@ -164,7 +171,7 @@ def plan(
     for group in graph.groups:
         number = group.size - left.get(group.name, group.size)
         if number:
-            lowest = scores[group].argsort(stable=True)[:number].tolist()
+            lowest = order.units[group.name][:number]
             members = tuple((member.name, member.dim) for member in group.members)
             cuts.append(Cut(group.name, group.size, tuple(sorted(lowest)), members))
     final = cost(left)
@@ -173,6 +180,7 @@ def plan(
         "kept": {key: final[key] / whole[key] for key in ("flops", "params")},
         "criterion": scores.criterion,
         "scope": scope,
+        "per": per,
     }
     return Plan(tuple(cuts), graph.inputs, budget)
 
@@ -228,10 +236,6 @@ def _ignored(graph: Any, ignore: Iterable[str | nn.Module]) -> set[str]:
     return skipped
 
 
-Bundle = tuple[Group, ...]
-"""Groups that must lose equal numbers of units: they lose them together, the lowest of each at a time."""
-
-
 def _names(bundle: Bundle) -> set[str]:
     return {group.name for group in bundle}
 
@@ -251,15 +255,14 @@ def _pools(bundles: Sequence[Bundle], scope: str) -> list[list[Bundle]]:
     return list(pools.values())
 
 
-def _queue(scores: Scores, pool: Sequence[Bundle], max_ratio: float) -> list[str]:
-    """Return which bundle of a pool gives up a unit, step by step: lowest score first, up to ``max_ratio``."""
-    units = []
-    for bundle in pool:
-        size = bundle[0].size
-        limit = min(int(max_ratio * size + 1e-9), size - 1)
-        ascending = torch.stack([scores[group].sort(stable=True).values for group in bundle]).sum(0)[:limit].tolist()
-        units += [(score, bundle[0].name) for score in ascending]
-    return [name for _, name in sorted(units, key=lambda unit: unit[0])]
+def _prices(bundles: Sequence[Bundle], cost: CostModel, per: str) -> dict[str, float]:
+    """Return what the first unit to go from each bundle saves, as a share of the whole."""
+    if per not in ("unit", "flops", "params"):
+        raise BudgetError(f"per={per!r} is not one of unit, flops, params.")
+    if per == "unit":
+        return {}
+    whole = cost({})[per]
+    return {b[0].name: max(1 - cost({g.name: g.size - 1 for g in b})[per] / whole, 1e-12) for b in bundles}
 
 
 def _counts(queues: Sequence[Sequence[str]], share: float) -> dict[str, int]:

@@ -14,11 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunelab.fakes import forget
 from prunelab.plan import Plan
 from prunelab.surgery import Kept, masks, open_plan
 from prunelab.trace import DependencyGraph
 
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 NORMS = {
+    "native_batch_norm": _BATCH_NORMS,
+    "cudnn_batch_norm": _BATCH_NORMS,
+    "miopen_batch_norm": _BATCH_NORMS,
     "native_layer_norm": (F.layer_norm, torch.layer_norm),
     "_fused_rms_norm": (F.rms_norm, torch.rms_norm),
     "native_group_norm": (F.group_norm, torch.group_norm),
@@ -35,7 +40,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the model.
     """
     graph, kept = open_plan(model, plan)
-    silent = copy.deepcopy(model)
+    silent = forget(copy.deepcopy(model))
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
         for name, place, mask in masks(graph, kept):
@@ -56,7 +61,13 @@ def _norms(graph: DependencyGraph, kept: Kept) -> list[tuple[str, Tensor | None]
         if op.name not in NORMS:
             continue
         axes = graph.axes_of(op.args[0])
-        axes = axes[1:2] if op.name == "native_group_norm" else axes[len(axes) - len(op.args[1]) :]
+        if NORMS[op.name] is _BATCH_NORMS:
+            axes = axes[2:] if op.args[5] else ()  # in eval mode it takes no statistics
+        else:
+            axes = axes[1:2] if op.name == "native_group_norm" else axes[len(axes) - len(op.args[1]) :]
+        if not axes:
+            found.append((op.name, None))
+            continue
         mask = kept.mask(axes[0])
         for axis in axes[1:]:
             mask = mask[..., None] & kept.mask(axis)
@@ -88,6 +99,8 @@ class KeptNorms(TorchFunctionMode):
         self.place += 1
         if mask is None:
             return func(*args, **kwargs)
+        if NORMS[name] is _BATCH_NORMS:
+            return kept_batch_norm(*_batch_norm_arguments(*args, **kwargs), mask.to(args[0].device))
         keys = ["input", "num_groups" if name == "native_group_norm" else "shape", "weight", "bias", "eps"]
         if name == "_fused_rms_norm":
             keys.remove("bias")
@@ -99,6 +112,33 @@ class KeptNorms(TorchFunctionMode):
         if name == "_fused_rms_norm":
             return kept_norm(x, weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, mask, centred=False)
         return kept_norm(x, weight, bias, 1e-5 if eps is None else eps, mask)
+
+
+def _batch_norm_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    return input, weight, bias, eps
+
+
+def kept_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor) -> Tensor:
+    """Batch norm by statistics over the batch and the kept entries of the dimensions after the channels; zero elsewhere.
+
+    Models that standardise the weights of a convolution do it so, with the weights as one image.
+    """
+    x, places = x * kept, (0, *range(2, x.dim()))
+    number = kept.sum() * len(x)
+    x = (x - x.sum(places, keepdim=True) / number) * kept
+    out = x * torch.rsqrt(x.square().sum(places, keepdim=True) / number + eps)
+    shape = (-1, *(1 for _ in x.shape[2:]))
+    out = out if weight is None else out * weight.view(shape)
+    return (out if bias is None else out + bias.view(shape)) * kept
 
 
 def kept_norm(

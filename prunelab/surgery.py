@@ -58,7 +58,7 @@ def apply(
     except TraceError as error:
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
-    target = free(model if inplace else copy.deepcopy(model), touched)
+    target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
     _cut(target, graph, kept, fixes)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     return target
@@ -169,19 +169,26 @@ def _resize(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
         for attribute, value in known.items():
             setattr(module, attribute, value)
         for attribute, value in list(vars(module).items()):
-            if attribute not in known and type(value) is int and len(changes.get(name, {}).get(value, ())) == 1:
-                setattr(module, attribute, next(iter(changes[name][value])))
+            if attribute not in known and type(value) in (int, tuple):
+                new = changes.get(name, {}).get(value, set())
+                if len(new) == 1:
+                    setattr(module, attribute, next(iter(new)))
 
 
-def _viewed_sizes(graph: DependencyGraph, kept: Kept) -> dict[str, dict[int, set[int]]]:
-    """Return, for every module, the sizes that its own views give and what they become."""
-    changes: dict[str, dict[int, set[int]]] = {}
+Size = int | tuple[int, ...]
+"""What a module's code gives to a view: the size of one dimension, or a whole shape."""
+
+
+def _viewed_sizes(graph: DependencyGraph, kept: Kept) -> dict[str, dict[Size, set[Size]]]:
+    """Return, for every module, the sizes and shapes that its own views give and what they become."""
+    changes: dict[str, dict[Size, set[Size]]] = {}
     for op in graph.tape:
-        if op.name in VIEWS:
-            for tensor in op.outputs:
-                for axis in graph.axes_of(tensor):
-                    if kept.size(axis) != axis.size:
-                        changes.setdefault(op.module, {}).setdefault(axis.size, set()).add(kept.size(axis))
+        for tensor in op.outputs if op.name in VIEWS else ():
+            old = tuple(axis.size for axis in graph.axes_of(tensor))
+            new = tuple(kept.size(axis) for axis in graph.axes_of(tensor))
+            for before, after in ((old, new), *zip(old, new, strict=True)):
+                if before != after:
+                    changes.setdefault(op.module, {}).setdefault(before, set()).add(after)
     return changes
 
 

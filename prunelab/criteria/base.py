@@ -7,8 +7,9 @@ is a choice of which of these terms to keep, which curvature to put for H, and i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,15 @@ class Scores(Mapping[Group, Tensor]):
         graph: the dependency graph whose units are scored.
         by_name: group name -> float32 ``[group.size]`` on the CPU.
         criterion: what computed them.
+        matrix: float32 ``[U, U]`` over all U units, group after group: entry ``uv`` is what removing both units costs
+            beyond the sum of their scores (symmetric; the diagonal is not used).  ``None`` where a criterion knows
+            each unit by itself only.
     """
 
     graph: DependencyGraph
     by_name: Mapping[str, Tensor]
     criterion: str
+    matrix: Tensor | None = None
 
     def __post_init__(self) -> None:
         for group in self.graph.groups:
@@ -41,6 +46,29 @@ class Scores(Mapping[Group, Tensor]):
                 raise PlanError(f"Scores of group `{group.name}` have shape {found}; its units are {group.size}.")
             if score.isnan().any():
                 raise PlanError(f"`{self.criterion}` gave no number for some units of group `{group.name}`.")
+        units = sum(group.size for group in self.graph.groups)
+        if self.matrix is not None and tuple(self.matrix.shape) != (units, units):
+            raise PlanError(f"The matrix of `{self.criterion}` is {list(self.matrix.shape)}; there are {units} units.")
+        if self.matrix is not None and self.matrix.isnan().any():
+            raise PlanError(f"The matrix of `{self.criterion}` has no number for some pairs of units.")
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Group name -> where its units begin among all units, as in ``matrix``."""
+        ends = list(accumulate(group.size for group in self.graph.groups))
+        return {group.name: end - group.size for group, end in zip(self.graph.groups, ends, strict=True)}
+
+    def together(self, removed: Mapping[str, Iterable[int]]) -> float:
+        """Return what a set of units costs: ``Σ_u score_u + Σ_{u<v} M_uv`` (the sum alone without a matrix).
+
+        Args:
+            removed: group name -> units, as in ``plan.removed``.
+        """
+        units = torch.tensor([self.offsets[name] + unit for name, group in removed.items() for unit in group]).long()
+        total = torch.cat([self[group] for group in self])[units].double().sum()
+        if self.matrix is not None:
+            total = total + self.matrix[units][:, units].double().triu(1).sum()
+        return float(total)
 
     def __getitem__(self, group: Group | str) -> Tensor:
         return self.by_name[group if isinstance(group, str) else group.name]
