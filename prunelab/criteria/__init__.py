@@ -6,13 +6,29 @@ from typing import Any
 
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.magnitude import Magnitude
+from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.random import Random
 from prunelab.criteria.taylor import Taylor
 from prunelab.errors import PruneLabError
 
-CRITERIA: dict[str, type[Criterion]] = {"random": Random, "magnitude": Magnitude, "taylor": Taylor}
+CRITERIA: dict[str, type[Criterion]] = {
+    "random": Random,
+    "magnitude": Magnitude,
+    "taylor": Taylor,
+    "oracle": Oracle,
+}
 
-__all__ = ["CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "Taylor", "get", "names"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Magnitude",
+    "Oracle",
+    "Random",
+    "Scores",
+    "Taylor",
+    "get",
+    "names",
+]
 
 
 def names() -> tuple[str, ...]:
