@@ -13,9 +13,11 @@ from prunelab.criteria import Scores
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
 from prunelab.groups import Group, Member
 from prunelab.io import load, save
+from prunelab.masks import bake
 from prunelab.plan import Plan, plan
 from prunelab.pruning import Report, prune
 from prunelab.silence import masked
+from prunelab.sparsify import sparsify
 from prunelab.surgery import apply
 from prunelab.trace import DependencyGraph, trace
 
@@ -37,6 +39,7 @@ __all__ = [
     "Scores",
     "TraceError",
     "apply",
+    "bake",
     "count",
     "criteria",
     "data",
@@ -46,6 +49,7 @@ __all__ = [
     "plan",
     "prune",
     "save",
+    "sparsify",
     "trace",
     "zoo",
 ]

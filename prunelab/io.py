@@ -1,6 +1,7 @@
 """Keep a pruned model: weights and plans in one safetensors file, no pickle anywhere.
 
-Flows in: a model that ``apply`` cut.  Flows out: a file, and from it and a fresh unpruned model, the same model again.
+Flows in: a model that ``apply`` cut or ``sparsify`` masked.  Flows out: a file, and from it and a fresh unpruned model,
+the same model again.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prunelab.errors import DataError, PlanError
+from prunelab.masks import Sparsified
 from prunelab.plan import Plan
 from prunelab.surgery import PLANS, apply
 
@@ -29,7 +33,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     header = {
         "format": FORMAT,
-        "class": type(model).__name__,
+        "class": type_before_parametrizations(model).__name__,
         "plans": [json.loads(plan.to_json()) for plan in getattr(model, PLANS, [])],
     }
     path = Path(path)
@@ -59,7 +63,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})["prunelab"])
-        plans = [Plan.from_json(json.dumps(data)) for data in header["plans"]]
+        plans = [_step(data) for data in header["plans"]]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, PlanError) as error:
         raise DataError(f"{path} is not a model saved by prunelab, or is damaged: {error!r}") from error
     if header.get("format") != FORMAT:
@@ -67,9 +71,16 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     out = copy.deepcopy(model)
     try:
         for plan in plans:
-            out = apply(out, plan)
+            out = plan.redo(out) if isinstance(plan, Sparsified) else apply(out, plan)
         load_model(out, str(path))
     except (PlanError, RuntimeError, SafetensorError) as error:
         made = f"it was saved from a {header.get('class')}, this is a {type(model).__name__}"
         raise DataError(f"{path} does not fit the model ({made}): {error}") from error
     return out
+
+
+def _step(data: dict[str, Any]) -> Plan | Sparsified:
+    """Return one of the steps that made a model; plans are the rule, others say what they are."""
+    if isinstance(data, dict) and data.get("action") == "sparsify":
+        return Sparsified.from_json(json.dumps(data))
+    return Plan.from_json(json.dumps(data))
