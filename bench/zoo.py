@@ -1,6 +1,6 @@
-"""Trace and cut every model of torchvision, without a hint, and measure how exact that is.
+"""Trace and cut every model of torchvision and of timm's usual families, without a hint, and measure how exact that is.
 
-    python bench/zoo.py [--models resnet18 vit_b_16 …] [--out bench/zoo.md]
+    python bench/zoo.py [--models resnet18 timm/levit_128 …] [--out bench/zoo.md]
 
 One row per model: time to trace, groups, share of the parameters that some group runs through, error of permuting
 all groups, and error of the cut network against the silenced one at a random cut of half of every group, in float32 and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import time
 import warnings
 from pathlib import Path
@@ -23,13 +24,35 @@ from tqdm import tqdm
 
 import prunelab as pl
 
-HEAD = ("model", "trace, s", "groups", "parameters in groups", "permutation error", "cut error", "outcome")
+HEAD = ("model", "trace, s", "groups", "parameters in groups", "permutation error", "cut error", "back end", "outcome")
+FAMILIES = (
+    "vit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224 cait_xxs24_224 "
+    "mixer_s32_224 resmlp_12_224 gmlp_ti16_224 pit_ti_224 poolformer_s12 caformer_s18 efficientformer_l1 levit_128 "
+    "mobilevit_s mobilevitv2_050 edgenext_xx_small twins_pcpvt_small coat_tiny crossvit_tiny_240 xcit_nano_12_p16_224 "
+    "pvt_v2_b0 swin_s3_tiny_224 convnextv2_atto inception_next_tiny mambaout_femto nfnet_f0 resnetv2_50 dpn68 "
+    "hrnet_w18_small ghostnet_100 rexnet_100 res2net50_26w_4s resnest14d skresnet18 cspdarknet53 dla34 "
+    "ese_vovnet19b_dw mobileone_s0 repvit_m0_9 fastvit_t8 mobilenetv4_conv_small tiny_vit_5m_224 "
+    "maxxvit_rmlp_nano_rw_256 xception41"
+)
+"""A model of each of timm's usual families; they are only run where timm is installed."""
 
 
-def inputs_for(name: str) -> Tensor:
-    """Return one random image or clip of the size that a model was made for."""
+def build(name: str) -> nn.Module:
+    """Return an untrained model of torchvision or timm by its name."""
+    if name.startswith("timm/"):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False)
+    segmentation = name in tv.list_models(module=tv.segmentation)
+    return tv.get_model(name, weights=None, **({"weights_backbone": None} if segmentation else {}))
+
+
+def inputs_for(name: str, model: nn.Module) -> Tensor:
+    """Return random images or one clip of the size that a model was made for."""
+    if name.startswith("timm/"):
+        return torch.randn(2, *model.default_cfg["input_size"])  # type: ignore[arg-type, misc]
     if name in tv.list_models(module=tv.video):
-        frames, size = (16, 224) if name.startswith(("mvit", "swin")) else (8, 112)
+        frames, size = (16, 224) if name.startswith(("mvit", "swin", "s3d")) else (8, 112)
         return torch.randn(1, 3, frames, size, size)
     size = 299 if name == "inception_v3" else 256 if name.startswith("swin_v2") else 224
     return torch.randn(2, 3, size, size)
@@ -72,7 +95,8 @@ def permuted(model: nn.Module, graph: pl.DependencyGraph) -> nn.Module:
 def measure(name: str) -> dict[str, object]:
     """Return one row of the table."""
     torch.manual_seed(0)
-    model, inputs = disturb(tv.get_model(name, weights=None)).eval(), inputs_for(name)
+    model = disturb(build(name)).eval()
+    inputs = inputs_for(name, model)
     pl.trace(model, inputs)
     start = time.perf_counter()
     graph = pl.trace(model, inputs)
@@ -89,7 +113,10 @@ def measure(name: str) -> dict[str, object]:
         row["permutation error"] = f"{error(permuted(model, graph)(inputs), wanted):.0e}"
         overrides = {group.name: min(0.5, 1 - 1 / group.size) for group in graph.groups}
         plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, overrides=overrides)
-        cut = pl.apply(model, plan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph back end was needed stands in the table
+            cut = pl.apply(model, plan)
+        row["back end"] = "graph" if isinstance(cut, torch.fx.GraphModule) else "module"
         row["cut error"] = f"{error(cut(inputs), pl.masked(model, plan)(inputs)):.0e}"
     good = max(float(str(row["permutation error"])), float(str(row["cut error"]))) < 1e-4
     row["outcome"] = "exact" if good else "WRONG"
@@ -99,7 +126,9 @@ def measure(name: str) -> dict[str, object]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [n for part in (None, tv.segmentation, tv.video) for n in tv.list_models(module=part or tv)]
+    everything = [name for part in (tv, tv.segmentation, tv.video) for name in tv.list_models(module=part)]
+    if importlib.util.find_spec("timm"):
+        everything += [f"timm/{name}" for name in FAMILIES.split()]
     parser.add_argument("--models", nargs="+", default=everything)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

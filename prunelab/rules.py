@@ -364,7 +364,9 @@ def layer_norm(call: Call) -> list[Dims]:
         if _is_tensor(call.get(name)):
             for one, two in zip(reversed(dims), reversed(call.dims(name)), strict=False):
                 call.unify(one, two)
-    return [dims, *(made_like(call, other) for other in call.outputs[1:])]
+    shape = call.get("normalized_shape")
+    statistics = dims[: len(dims) - len(shape)] + [Dim(leaf(1)) for _ in shape]
+    return [dims, *(statistics if other.dim() == len(dims) else made_like(call, other) for other in call.outputs[1:])]
 
 
 def group_norm(call: Call) -> list[Dims]:

@@ -128,7 +128,7 @@ def _batch_norm_arguments(
 
 
 def kept_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor) -> Tensor:
-    """Batch norm by statistics over the batch and the kept entries of the dimensions after the channels; zero elsewhere.
+    """Batch norm over the batch and the kept entries of the dimensions after the channels; zero elsewhere.
 
     Models that standardise the weights of a convolution do it so, with the weights as one image.
     """
