@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prunelab.criteria.base import Criterion, Scores
+from prunelab.criteria.bn_scale import BNScale
+from prunelab.criteria.fpgm import FPGM
 from prunelab.criteria.magnitude import Magnitude
 from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.random import Random
@@ -14,12 +16,16 @@ from prunelab.errors import PruneLabError
 CRITERIA: dict[str, type[Criterion]] = {
     "random": Random,
     "magnitude": Magnitude,
+    "bn_scale": BNScale,
+    "fpgm": FPGM,
     "taylor": Taylor,
     "oracle": Oracle,
 }
 
 __all__ = [
     "CRITERIA",
+    "FPGM",
+    "BNScale",
     "Criterion",
     "Magnitude",
     "Oracle",
