@@ -91,13 +91,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Op:
-    """One call of an operator: what was called, where, and the fake tensors that went in and came out."""
+    """One call of an operator: what was called, where, and the fake tensors that went in and came out.
+
+    ``training`` marks those of the second run, in training mode, for what only exists there.
+    """
 
     func: Any
     args: tuple
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     module: str
+    training: bool = False
 
     @property
     def name(self) -> str:
@@ -190,7 +194,7 @@ class Recorder(TorchDispatchMode):
         for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
-        self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module))
+        self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
         return out
 
 

@@ -186,7 +186,8 @@ def _viewed_sizes(graph: DependencyGraph, kept: Kept) -> dict[str, dict[Size, se
         for tensor in op.outputs if op.name in VIEWS else ():
             old = tuple(axis.size for axis in graph.axes_of(tensor))
             new = tuple(kept.size(axis) for axis in graph.axes_of(tensor))
-            for before, after in ((old, new), *zip(old, new, strict=True)):
+            pairs: list[tuple[Size, Size]] = [(old, new), *zip(old, new, strict=True)]
+            for before, after in pairs:
                 if before != after:
                     changes.setdefault(op.module, {}).setdefault(before, set()).add(after)
     return changes

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab import fakes
-from prunelab.axes import Axis, freeze, is_frozen, leaf, leaves
+from prunelab.axes import Axis, freeze, leaf, leaves
 from prunelab.errors import TraceError
 from prunelab.groups import Group, make_bundles, make_groups, module_of, tie
-from prunelab.recorder import Dim, Op, Recorder, first_line
+from prunelab.recorder import Dim, Op, Recorder, first_line, named_tensors
 from prunelab.rules import apply_rule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class DependencyGraph:
@@ -37,21 +40,31 @@ class DependencyGraph:
         tape: every operator call, in order.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, recorder: Recorder, ties: list[set[int]]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Any, recorder: Recorder, ties: list[set[int]], ignored: Mapping[str, str]
+    ) -> None:
         self.model, self.inputs, self.tape = model, inputs, recorder.tape
         self.visited = recorder.visited
         self.sizes, self.flop_terms = recorder.sizes, recorder.flops
         self.dims = recorder.parameters
         self._recorder = recorder
+        reasons: dict[int, str] = {}
+        bundles, groups = [], make_groups(recorder)
+        for bundle in make_bundles(groups, ties):
+            why = next((ignored[m.name] for group in bundle for m in group.members if m.name in ignored), None)
+            if why is None:
+                bundles.append(bundle)
+            else:
+                reasons |= {id(group.axis): why for group in bundle}
+        self.bundles: tuple[tuple[Group, ...], ...] = tuple(bundles)
+        self.groups: tuple[Group, ...] = tuple(group for group in groups if id(group.axis) not in reasons)
+        self._by_leaf = {id(group.axis): group for group in self.groups}
         self.frozen: Mapping[tuple[str, int], str] = {
-            (name, place): next(leaves(dim.axis)).frozen or ""
+            (name, place): next(part.frozen or reasons[id(part)] for part in leaves(dim.axis))
             for name, dims in self.dims.items()
             for place, dim in enumerate(dims)
-            if is_frozen(dim.axis)
+            if all(part.frozen is not None or id(part) in reasons for part in leaves(dim.axis))
         }
-        self.groups: tuple[Group, ...] = make_groups(recorder)
-        self._by_leaf = {id(group.axis): group for group in self.groups}
-        self.bundles: tuple[tuple[Group, ...], ...] = make_bundles(self.groups, ties)
 
     def groups_of(self, name: str, dim: int = 0) -> tuple[Group, ...]:
         """Return every group that runs through a dimension of a parameter, the outermost first.
@@ -99,6 +112,16 @@ class DependencyGraph:
         names = "".join(f"<th>{name}</th>" for name in head)
         return f"<p>{html.escape(self._title())}</p><table><tr>{names}</tr>{cells}</table>"
 
+    def draw(self, groups: Iterable[Group | str] | None = None) -> Figure:
+        """Draw the network with one colour per group, or only the given groups in colour; see ``drawing.draw``.
+
+        Raises:
+            PlanError: ``groups`` names one that there is not, or the network is too large for a figure.
+        """
+        from prunelab.drawing import draw
+
+        return draw(self, groups)
+
     def _title(self) -> str:
         units = sum(group.size for group in self.groups)
         number = f"{len(self.groups)} group{'s' if len(self.groups) != 1 else ''}"
@@ -112,7 +135,7 @@ class DependencyGraph:
         return [(g.name, str(g.size), names(g, "produces") or "–", names(g, "consumes") or "–") for g in self.groups]
 
 
-def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
+def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[str | nn.Module] = ()) -> DependencyGraph:
     """Find the groups of coupled slices of ``model``, without computing anything.
 
     The model runs once, in eval mode, as a copy on tensors that have a shape and no data; the model itself is not
@@ -123,13 +146,14 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
         model: any module that PyTorch can run on fake tensors: no hints are needed.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; only shapes and
             types matter.
+        ignore: names of modules or parameters, or modules, that must stay whole; what is coupled to them stays too.
 
     Returns:
         The dependency graph.
 
     Raises:
         TraceError: the model's code depends on the data, or an operator cannot run without any; the message names the
-            operator and the module.
+            operator and the module.  Or ``ignore`` names something that the model does not have.
         BatchError: ``example_inputs`` is of a type that no model takes.
 
     >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4))
@@ -140,6 +164,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
+    ignored = _ignored(model, ignore)
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode)
@@ -164,7 +189,21 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs) -> DependencyGraph:
         if name not in recorder.visited:
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
-    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder))
+    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), ignored)
+
+
+def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module]) -> dict[str, str]:
+    """Return why it stays for every parameter and buffer that is, or is part of, what ``ignore`` names."""
+    modules = {id(module): name for name, module in model.named_modules()}
+    reasons: dict[str, str] = {}
+    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+        name = modules.get(id(item)) if isinstance(item, nn.Module) else item
+        inside = [key for key, _ in named_tensors(model) if name == "" or f"{key}.".startswith(f"{name}.")]
+        if name is None or (not inside and name not in modules.values()):
+            what = f"a {type(item).__name__}" if isinstance(item, nn.Module) else f"`{item}`"
+            raise TraceError(f"ignore holds {what}, which is no module or parameter of {type(model).__name__}.")
+        reasons |= dict.fromkeys(inside, f"`{name}` is ignored, as asked")
+    return reasons
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:

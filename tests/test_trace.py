@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import prunelab as pl
+from prunelab.drawing import network
 from tests.cases import CASES, Case, error, permuted
 
 
@@ -176,3 +178,117 @@ def test_inputs_of_no_use_are_an_error(small, wrong):
 def test_a_lazy_model_is_an_error():
     with pytest.raises(pl.TraceError, match="no shape yet"):
         pl.trace(nn.LazyLinear(3), torch.ones(1, 2))
+
+
+def test_what_is_ignored_stays_with_all_that_is_coupled_to_it():
+    model, images = pl.zoo.resnet20(), torch.ones(1, 3, 32, 32)
+    graph = pl.trace(model, images, ignore=["layer1.0.conv1", model.fc])
+    names = {group.name for group in pl.trace(model, images).groups} - {group.name for group in graph.groups}
+    assert names == {"conv1", "layer1.0.conv1", "layer3.0.conv2"}  # what the two layers read, too
+    assert graph.group_of("layer1.0.conv1.weight", 0) is None
+    assert graph.frozen["layer1.0.conv2.weight", 1] == "`layer1.0.conv1` is ignored, as asked"
+    plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5)
+    assert pl.apply(model, plan).fc.in_features == 64
+
+
+@pytest.mark.parametrize("wrong", ["layer9", nn.Linear(2, 2)])
+def test_ignoring_what_is_not_there_is_an_error(wrong):
+    with pytest.raises(pl.TraceError, match=r"ignore holds .*(layer9|Linear)"):
+        pl.trace(pl.zoo.resnet20(), torch.ones(1, 3, 32, 32), ignore=[wrong])
+
+
+def test_an_operator_that_cannot_run_without_data_is_named_with_its_module():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache["seen"] = x
+            return torch.ops.prunelab_tests.no_fake(x)
+
+    with torch.library._scoped_library("prunelab_tests", "DEF") as library:
+        library.define("no_fake(Tensor x) -> Tensor")
+        library.impl("no_fake", lambda x: x + 1, "CPU")
+        model = nn.Sequential(nn.Linear(4, 4), Own())
+        with pytest.raises(pl.TraceError, match="no_fake.*`1`"):
+            pl.trace(model, torch.ones(2, 4))
+        assert model[1].cache == {}
+        assert model(torch.ones(2, 4)).isfinite().all()
+
+
+def test_an_output_without_tensors_is_an_error():
+    class Words(nn.Module):
+        def forward(self, x: Tensor) -> str:
+            return "a cat"
+
+    with pytest.raises(pl.TraceError, match="returned no tensor but str"):
+        pl.trace(Words(), torch.ones(1, 2))
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed from its parameters until it is trained again, as LeViT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias, self.last = nn.Linear(3, 6), nn.Parameter(torch.randn(6, 2)), nn.Linear(6, 2)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembers:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias.sum(1)
+        return self.last(self.first(x) + self.cache["bias"])
+
+
+def test_what_a_model_keeps_of_its_parameters_does_not_get_in_the_way():
+    model, x = Remembers().double().eval(), torch.randn(4, 3).double()
+    with torch.no_grad():
+        whole = model(x)
+        kept = model.cache["bias"]
+        graph = pl.trace(model, x)
+        assert {member.name for member in graph.groups[0].members} >= {"bias", "first.weight", "last.weight"}
+        plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5)
+        assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-12
+        assert model.cache["bias"] is kept and torch.equal(model(x), whole)
+
+
+def test_a_drawing_has_a_box_per_layer_in_the_colour_of_its_group():
+    graph = pl.trace(pl.zoo.resnet20(), torch.ones(1, 3, 32, 32))
+    figure = graph.draw()
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert labels[0] == "input" and labels[-1] == "output" and labels.count("+") == 9
+    assert {name for name, module in graph.model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))} <= {
+        *labels
+    }
+    boxes = {text.get_text(): box.get_facecolor() for text, box in _boxes(figure)}
+    assert boxes["conv1"] == boxes["layer1.2.conv2"] != boxes["layer1.0.conv1"]
+    assert boxes["fc"] == boxes["input"]
+    with pytest.raises(pl.PlanError, match="conv99"):
+        graph.draw(["conv99"])
+
+
+def test_a_drawing_of_joined_channels_has_their_colours_side_by_side():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.cat([self.a(x), self.b(x)], 1))
+
+    graph = pl.trace(Joined(), torch.ones(1, 4))
+    join = next(node for node in network(graph) if node.label == "joined")
+    assert [(share, group.name) for share, group in join.parts] == [(0.75, "a"), (0.25, "b")]
+    assert [source.label for source in join.sources] == ["a", "b"]
+
+
+def _boxes(figure):
+    axes = figure.axes[0]
+    rectangles = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    return zip(axes.texts, rectangles, strict=True)
