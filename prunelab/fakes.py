@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from prunelab.errors import BatchError, TraceError
 
@@ -27,8 +27,15 @@ def fake_mode() -> FakeTensorMode:
 def fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """Return a fake of ``tensor``, on its own device; on the CPU where it has no real one."""
     device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, empty, device)
+
+
+def fake_parameter(parameter: nn.Parameter, mode: FakeTensorMode) -> Tensor:
+    """Return a fake of ``parameter`` that passes for a parameter, without the detour of ``nn.Parameter``."""
+    fake = fake_tensor(parameter, mode).requires_grad_(parameter.requires_grad)
+    fake._is_param = True  # type: ignore[attr-defined]
+    return fake
 
 
 def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -41,7 +48,7 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise TraceError(f"Parameter `{name}` has no shape yet: run the model once on a batch, then trace it.")
-        memo[id(parameter)] = nn.Parameter(fake_tensor(parameter, mode), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = fake_parameter(parameter, mode)
     for _, buffer in model.named_buffers():
         memo[id(buffer)] = fake_tensor(buffer, mode)
     try:
