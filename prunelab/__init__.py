@@ -10,6 +10,7 @@ pl.save(small, "small.safetensors")
 from prunelab import criteria, data, zoo
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
+from prunelab.curvature.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
 from prunelab.groups import Group, Member
 from prunelab.io import load, save
@@ -37,9 +38,11 @@ __all__ = [
     "PruneLabError",
     "Report",
     "Scores",
+    "Statistics",
     "TraceError",
     "apply",
     "bake",
+    "collect",
     "count",
     "criteria",
     "data",

@@ -1,68 +1,31 @@
 """Collect: several statistics of a model on data in one pass, to share between criteria.
 
-Flows in: a dependency graph and batches.  Flows out: ``Statistics``, sums over samples that add up over batches, stop
-and resume, and reduce over processes.  Notebook 07_kfac shows what is in them.
+Flows in: a dependency graph and batches.  Flows out: ``Statistics``.  What can be collected is one visible table,
+``accumulators.ACCUMULATORS``.  Notebook 07_kfac shows what is in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.accumulators import ACCUMULATORS
+from prunelab.curvature.factor_sums import FACTORS
+from prunelab.curvature.fisher import check_fisher
+from prunelab.curvature.one_pass import model_of, one_pass, readable_again
+from prunelab.curvature.statistics import Statistics
+from prunelab.errors import BatchError, BudgetError
 from prunelab.trace import DependencyGraph
 
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """What was measured on data: sums over samples, and their means under their names.
-
-    Attributes:
-        samples: how many samples.
-        fisher: which Fisher the moments and factors are of: ``"empirical"``, ``"mc"`` or ``"ggn"``.
-        sums: what -> name -> sum over samples.
-        batches: what they were collected from, where it can be read again.
-    """
-
-    samples: int
-    fisher: str
-    sums: dict[str, dict[str, Tensor]]
-    batches: Batches | None = None
-    meta: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def what(self) -> frozenset[str]:
-        """Which statistics these are."""
-        return frozenset(self.sums)
-
-    @property
-    def gradient(self) -> dict[str, Tensor]:
-        """``E[g_n]`` by parameter name (``what="grad"``)."""
-        raise NotImplementedError
-
-    @property
-    def moments(self) -> dict[str, Tensor]:
-        """``E[g_n²]`` by parameter name, g_n the gradient of one sample's loss (``what="moments"``)."""
-        raise NotImplementedError
-
-    @property
-    def kronecker(self) -> dict[str, Factors]:
-        """``Factors`` by weight name, ``name[start:stop]`` for slices (``what="kronecker"``; EKFAC: ``"ekfac"``)."""
-        raise NotImplementedError
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """``InputMoment`` by weight name (``what="inputs"``)."""
-        raise NotImplementedError
+__all__ = ["Statistics", "collect", "statistics_for"]
 
 
 def collect(
-    graph: DependencyGraph,
+    graph: DependencyGraph | nn.Module,
     batches: Batches | None,
     what: Collection[str] = ("grad", "moments", "kronecker"),
     *,
@@ -70,13 +33,53 @@ def collect(
     loss: Loss = F.cross_entropy,
     seed: int = 0,
     factor: str = "channel",
+    basis: Statistics | None = None,
+    first: int = 0,
 ) -> Statistics:
-    """Collect statistics over all batches in one pass; ``"ekfac"`` takes a second one."""
-    raise NotImplementedError
+    """Collect several statistics of a model in one pass over the batches, in eval mode.
+
+    Cost: one forward pass; one backward pass, one per class and position of the outputs with ``fisher="ggn"``, and one
+    more where ``"grad"`` is asked for together with another Fisher than the empirical.  ``"ekfac"`` repeats all that,
+    unless ``basis`` is given.
+
+    Args:
+        graph: of the model, or the model itself.
+        batches: pairs ``(inputs, targets [B, …])``.
+        what: any of ``"grad"``, ``"moments"``, ``"kronecker"``, ``"ekfac"``, ``"inputs"``; see ``Statistics``.
+        fisher: of which gradients the moments and factors are: ``"empirical"`` (labels as given), ``"mc"`` (labels
+            sampled from the softmax) or ``"ggn"`` (exactly the generalised Gauss-Newton matrix).
+        loss: ``loss(outputs, targets)``, a mean over the samples.
+        seed: of the sampled labels; the label of a sample depends on the seed and its number only.
+        factor: of convolutions: ``"channel"`` or ``"full"``; see ``Factors``.
+        basis: for ``"ekfac"``: statistics with the factors whose eigenbasis is used.
+        first: number of the first sample, when this continues an earlier collection.
+
+    Returns:
+        The statistics; ``a + b`` of two collections are those of one over both.
+
+    Raises:
+        BatchError: the batches do not fit the model, the loss is no mean over samples, or something is not finite.
+        BudgetError: an option is none of those above.
+    """
+    wanted = {what} if isinstance(what, str) else set(what)
+    unknown = sorted(wanted - ACCUMULATORS.keys())
+    if unknown or not wanted:
+        raise BudgetError(f"what={unknown} is not one of {', '.join(ACCUMULATORS)}.")
+    check_fisher(fisher)
+    if factor not in FACTORS:
+        raise BudgetError(f"factor={factor!r} is not one of {', '.join(FACTORS)}.")
+    options: dict[str, Any] = {"fisher": fisher, "loss": loss, "seed": seed, "first": first}
+    known = {} if basis is None else basis.kronecker
+    if "ekfac" in wanted and basis is None:
+        if not readable_again(batches):
+            raise BatchError('"ekfac" reads the batches twice: pass a list or a loader, or the first pass as `basis`.')
+        found = one_pass(graph, batches, wanted - {"ekfac"} | {"kronecker"}, factor, {}, **options)
+        return found | one_pass(graph, batches, {"ekfac"}, factor, found.kronecker, **options)
+    return one_pass(graph, batches, wanted, factor, known, **options)
 
 
 def statistics_for(
-    graph: DependencyGraph,
+    graph: DependencyGraph | nn.Module,
     batches: Batches | Statistics | None,
     what: Collection[str],
     *,
@@ -85,5 +88,44 @@ def statistics_for(
     seed: int = 0,
     factor: str = "channel",
 ) -> Statistics:
-    """Return the given statistics if they hold what is needed, else collect it from the given batches."""
-    raise NotImplementedError
+    """Return the given statistics if they hold what is needed, else collect it from the given batches.
+
+    Args:
+        graph: of the model, or the model itself.
+        batches: pairs ``(inputs, targets)``, or ``Statistics``.
+        what: which are needed.
+        fisher: see ``collect``.
+        loss: see ``collect``.
+        seed: see ``collect``.
+        factor: see ``collect``.
+
+    Raises:
+        BatchError: the statistics lack something, are of another Fisher or of another model; or as in ``collect``.
+    """
+    if not isinstance(batches, Statistics):
+        return collect(graph, batches, what, fisher=fisher, loss=loss, seed=seed, factor=factor)
+    needed = {what} if isinstance(what, str) else set(what)
+    if needed - batches.what:
+        options = ", ".join(repr(name) for name in sorted(needed | batches.what))
+        raise BatchError(
+            f"These statistics hold {', '.join(sorted(batches.what))}; needed is {', '.join(sorted(needed))}: "
+            f"collect(graph, batches, what={{{options}}})."
+        )
+    if needed & {"moments", "kronecker", "ekfac"} and batches.fisher != fisher:
+        raise BatchError(
+            f'These statistics are of fisher="{batches.fisher}", needed is "{fisher}": collect(…, fisher="{fisher}"), '
+            f'or set fisher="{batches.fisher}" on the criterion.'
+        )
+    _check_model(model_of(graph), batches)
+    return batches
+
+
+def _check_model(model: nn.Module, statistics: Statistics) -> None:
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for what in statistics.what & {"grad", "moments"}:
+        for name, value in statistics.sums[what].items():
+            if shapes.get(name) != value.shape:
+                raise BatchError(
+                    f"These statistics are of another model: `{name}` has shape {list(value.shape)} in them, "
+                    f"{list(shapes[name]) if name in shapes else 'no place'} in the model; collect them again."
+                )

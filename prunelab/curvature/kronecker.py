@@ -101,7 +101,11 @@ class Factors:
         Returns:
             ``[out, in, *kernel]``; ``[out, in · K]`` with ``factor="full"``; with groups ``[groups, out / groups, …]``.
         """
-        split = values[self.rows].unflatten(0, (self.groups, -1))
+        return self.split(values[self.rows])
+
+    def split(self, rows: Tensor) -> Tensor:
+        """Return what ``matrices`` returns, from the rows alone."""
+        split = rows.unflatten(0, (self.groups, -1))
         if self.kind == "conv_transpose":
             split = split.transpose(1, 2)
         if self.factor == "full":

@@ -47,6 +47,7 @@ class LayerCall:
         stride, padding, dilation, output_padding: one number per spatial dimension; empty for ``"linear"``.
         groups: of the convolution.
         bias_rows: which entries of the bias were used.
+        plain: of a norm (see ``AffineTaps``), the norm without weight and bias; for an embedding, its options.
         edge: where the gradient of ``output`` is found, also if the model changed ``output`` in place afterwards:
             ``torch.autograd.grad(loss, [call.edge])``.  ``None`` when the output needs no gradient.
     """
@@ -64,6 +65,7 @@ class LayerCall:
     output_padding: tuple[int, ...] = ()
     bias_rows: slice = field(default_factory=lambda: slice(0, 0))
     edge: GradientEdge | None = None
+    plain: Any = None
 
 
 class Taps(TorchFunctionMode):
@@ -75,6 +77,8 @@ class Taps(TorchFunctionMode):
         after: called with each call after it ran; a tensor it returns replaces the output.
         parameters: name -> tensor, in place of the model's own (``torch.func.functional_call``).
         keep: whether calls are kept in ``calls``; ``False`` where ``before`` and ``after`` are all that is wanted.
+        cut: use copies of the weights in the recorded calls, so that gradients reach the outputs of the calls
+            (``edge``) but not the parameters; what still reaches a parameter goes past the taps.
 
     Example:
         >>> import torch
@@ -93,6 +97,7 @@ class Taps(TorchFunctionMode):
         *,
         parameters: Mapping[str, Tensor] | None = None,
         keep: bool = True,
+        cut: bool = False,
     ) -> None:
         super().__init__()
         named = dict(model.named_parameters()) if parameters is None else parameters
@@ -100,7 +105,7 @@ class Taps(TorchFunctionMode):
         for name, parameter in named.items():
             self.names.setdefault(id(parameter), name)
         self.tensors = list(named.values())  # an id means its tensor only as long as that lives
-        self.before, self.after, self.keep = before, after, keep
+        self.before, self.after, self.keep, self.cut = before, after, keep, cut
         self.calls: list[LayerCall] = []
 
     def __torch_function__(
@@ -123,7 +128,14 @@ class Taps(TorchFunctionMode):
         call.input = call.input if replaced is None else replaced
         if kind != "linear":
             given["padding"] = call.padding
-        output = func(**{**given, "input": call.input})
+        return self._run(call, func, {**given, "input": call.input})
+
+    def _run(self, call: LayerCall, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
+        if self.cut:
+            given["weight"] = given["weight"].detach().requires_grad_()
+            if call.bias:
+                given["bias"] = given["bias"].detach()
+        output = func(**given)
         call.output = output
         call.edge = get_gradient_edge(output) if output.requires_grad else None
         replaced = self.after(call) if self.after else None

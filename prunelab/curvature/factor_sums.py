@@ -1,0 +1,142 @@
+"""Factor sums: what the Kronecker factors are made of, added up call by call.
+
+Flows in: calls and the gradients of their outputs.  Flows out: sums by weight, from which ``kronecker.Factors`` are
+made. No patches and no weight gradients are computed (only ``factor="full"`` needs patches).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.layout import Layout
+from prunelab.curvature.moments import ranges
+from prunelab.curvature.patches import coverage, patches
+from prunelab.curvature.per_sample import Part, as_float, conv_part, linear_part
+from prunelab.curvature.taps import LayerCall
+
+FACTORS = ("channel", "full")
+KINDS = ("linear", "conv", "conv_transpose")
+
+
+def key(call: LayerCall, weight: Tensor) -> str:
+    """Return the name under which the factors of a call are kept: its weight, and its rows if they are not all."""
+    rows = call.rows
+    return call.weight if rows == slice(0, len(weight)) else f"{call.weight}[{rows.start}:{rows.stop}]"
+
+
+def description(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Any]:
+    """Return what is known about a weight's factors without data, as plain values."""
+    return {
+        "weight": call.weight,
+        "rows": [call.rows.start, call.rows.stop],
+        "kind": call.kind,
+        "kernel": list(weight.shape[2:]),
+        "groups": call.groups,
+        "factor": factor if call.kind == "conv" else "channel",
+        "bias": call.bias,
+    }
+
+
+def input_sums(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Tensor]:
+    """Return the sums over all inputs of a call: ``A [groups, n, n]``, ``mean [groups, n]``, ``positions []``."""
+    kernel, x = weight.shape[2:], as_float(call.input)
+    assert call.output is not None
+    if call.kind == "linear":
+        rows = x.reshape(-1, x.shape[-1])
+        return {"A": (rows.mT @ rows)[None], "mean": rows.sum(0)[None], "positions": _number(len(rows))}
+    places = call.output.shape[2:]
+    count = len(x) * math.prod(places)
+    if call.kind == "conv" and factor == "full" and math.prod(kernel) > 1:
+        a, mean = _over_patches(call, x, kernel, places)
+        return {"A": a, "mean": mean, "positions": _number(count)}
+    if call.kind == "conv_transpose":
+        a, mean = _over_pixels(x, call.groups, None)
+        return {"A": a, "mean": mean, "positions": _number(len(x) * math.prod(x.shape[2:]))}
+    seen = coverage(call, kernel, x.shape[2:], places)
+    a, mean = _over_pixels(x, call.groups, seen)
+    return {"A": a, "mean": mean, "positions": _number(count * math.prod(kernel))}
+
+
+def gradient_sums(call: LayerCall, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return ``Σ g gᵀ`` over all samples and positions, ``[groups, out / groups, out / groups]``."""
+    g = as_float(gradient)
+    if call.kind == "linear":
+        rows = g.reshape(-1, g.shape[-1])
+        return (rows.mT @ rows)[None]
+    if call.kind == "conv":
+        return _over_pixels(g, call.groups, None)[0]
+    kernel = weight.shape[2:]
+    seen = coverage(call, kernel, g.shape[2:], call.input.shape[2:])
+    return _over_pixels(g, call.groups, seen)[0] / math.prod(kernel)
+
+
+def _over_pixels(images: Tensor, groups: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``Σ_q seen_q x_q x_qᵀ``, ``[groups, n, n]``, and ``Σ_q seen_q x_q``; seen is 1 by default."""
+    width = images.shape[1] // groups
+    a, mean = images.new_zeros(groups, width, width), images.new_zeros(groups, width)
+    root: Tensor | None = None
+    if seen is not None:
+        for dim in range(seen.dim()):  # pixels between the strides of a small kernel are never seen
+            used = seen.movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+            if len(used) < seen.shape[dim]:
+                seen, images = seen.index_select(dim, used), images.index_select(dim + 2, used.to(images.device))
+        root = None if bool((seen == 1).all()) else seen.to(images).sqrt()
+    for n in ranges(len(images), images[0].numel(), images.device):
+        x = images[n] if root is None else images[n] * root
+        flat = x.flatten(2).unflatten(1, (groups, width))
+        a += (flat @ flat.mT).sum(0)
+        mean += flat.sum((0, 3)) if root is None else (flat @ root.flatten()).sum(0)
+    return a, mean
+
+
+def _over_patches(
+    call: LayerCall, images: Tensor, kernel: Sequence[int], places: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return ``Σ u uᵀ`` ``[groups, n · K, n · K]`` and ``Σ u`` ``[groups, n · K]`` over all patches u."""
+    width = images.shape[1] // call.groups * math.prod(kernel)
+    a, mean = images.new_zeros(call.groups, width, width), images.new_zeros(call.groups, width)
+    for n in ranges(len(images), images.shape[1] * math.prod(kernel) * math.prod(places), images.device):
+        flat = patches(images[n], call, kernel, places).reshape(-1, call.groups, width, math.prod(places))
+        a += (flat @ flat.mT).sum(0)
+        mean += flat.sum((0, 3))
+    return a, mean
+
+
+def _number(count: int) -> Tensor:
+    return torch.tensor(float(count), dtype=torch.float64)
+
+
+def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor, key: str, factors: Factors) -> Part:
+    """Return the per-sample gradients of a call's weight in the eigenbasis, ``Q_Sᵀ G_n Q_A`` as ``factors.matrices``.
+
+    Inputs and output gradients are rotated, not their products; only ``factor="full"`` rotates those.
+    """
+    basis = factors.eigen()
+    q_a, q_s = (q if factors.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
+    a, g = as_float(layout.by_sample(call.input)), as_float(layout.by_sample(gradient))
+    if call.kind == "linear":
+        part = linear_part(call, a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g))
+    elif factors.factor == "full":
+        part = conv_part(call, a, g, weight.shape)
+    else:
+        part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s), weight.shape)
+
+    def gradients(n: slice) -> Tensor:
+        found = torch.vmap(factors.split)(part.gradients(n))
+        return torch.vmap(factors.rotate)(found) if factors.factor == "full" and call.kind != "linear" else found
+
+    shape = factors.split(weight[call.rows]).shape
+    return replace(part, name=key, rows=slice(0, shape[0]), gradients=gradients)
+
+
+def _rotated(images: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``Qᵀ x`` for every pixel of ``[B, R, channels, *space]``, Q ``[groups, n, n]``."""
+    grouped = images.unflatten(2, (len(vectors), -1))
+    return torch.einsum("brgc...,gcd->brgd...", grouped, vectors.to(images)).flatten(2, 3)

@@ -1,0 +1,159 @@
+"""Layout: which rows of a layer's output belong to which sample.
+
+One backward pass gives the gradients of all samples at once.  They come apart where every row of a layer's output feeds
+one sample's loss only, as in [B, …], and in [windows · B, …] or [tokens, B, …] once we know so.  Nothing is assumed
+about it: we send a few samples through, propagate a random gradient back from *one* of them, and see which rows it
+reaches.
+
+Flows in: a model and inputs.  Flows out: one ``Layout`` per layer call, and the parameters that need another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from prunelab.batches import call as run
+from prunelab.curvature.affine import AffineTaps
+from prunelab.curvature.taps import LayerCall
+from prunelab.errors import BatchError
+
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimension ``dim`` counts ``before × samples × after`` rows: outermost is (1, k), innermost (k, 1)."""
+
+    dim: int
+    before: int
+    after: int
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """Return ``[samples, …]``: the rows by sample; what else shared their dimension follows, merged into one.
+
+        Dimension ``dim`` stays where it was, behind the new first one.
+        """
+        split = tensor.unflatten(self.dim, (self.before, -1, self.after)).movedim(self.dim + 1, 0)
+        return split.flatten(self.dim + 1, self.dim + 2)
+
+    def samples(self, tensor: Tensor) -> int:
+        """Return how many samples a tensor has; 0 if its rows do not come out even."""
+        rows, rest = divmod(tensor.shape[self.dim], self.before * self.after)
+        return 0 if rest else rows
+
+
+@dataclass(frozen=True)
+class Routes:
+    """How the gradients of single samples are found.
+
+    Attributes:
+        calls: what is called, in order: the weight and the kind.
+        layouts: of every call; ``None`` where rows do not belong to single samples.
+        rest: parameters that are used in any other way than by calls with a layout.
+    """
+
+    calls: tuple[tuple[str, str], ...]
+    layouts: tuple[Layout | None, ...]
+    rest: frozenset[str]
+
+    def check(self, calls: Sequence[LayerCall], samples: int, number: int) -> None:
+        """Check that a batch went the way of the probe.
+
+        Raises:
+            BatchError: it called other layers, or with rows that do not fit.
+        """
+        if tuple((call.weight, call.kind) for call in calls) != self.calls:
+            raise BatchError(
+                f"Batch {number} went through other layers than a probe of {PROBES} samples: a model whose path "
+                "depends on its data has no statistics here."
+            )
+        for call, layout in zip(calls, self.layouts, strict=True):
+            if layout is not None and call.output is not None and layout.samples(call.output) != samples:
+                raise BatchError(
+                    f"`{call.weight}` gave {list(call.output.shape)} for the {samples} samples of batch {number}: "
+                    f"dimension {layout.dim} is no multiple of {layout.before * layout.after}."
+                )
+
+
+def leaves(outputs: Any, samples: int) -> list[Tensor]:
+    """Return the tensors among a model's outputs that have one row per sample and a gradient.
+
+    Raises:
+        BatchError: there are none.
+    """
+    found = [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() and len(leaf) == samples
+    ]
+    if not found:
+        shapes = [list(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        raise BatchError(f"No output has one row for each of the {samples} samples; their shapes are {shapes}.")
+    return found
+
+
+def routes(model: nn.Module, inputs: Any) -> Routes:
+    """Send three samples through the model and tell where each sample's gradients are.
+
+    The model is expected in eval mode with parameters that require gradients.  Cost: one forward and one backward pass
+    over three samples.
+
+    Raises:
+        BatchError: the model cannot take the inputs.
+    """
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    which = torch.arange(PROBES, device=tensors[0].device) % len(tensors[0]) if tensors else None
+    probe = tree_map(lambda leaf: leaf[which] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with torch.enable_grad(), AffineTaps(model, cut=True) as taps:
+        outputs = [leaf for leaf in leaves(run(model, probe), PROBES) if leaf.requires_grad]
+    seeds = []
+    generator = torch.Generator().manual_seed(0)
+    for output in outputs:
+        seed = torch.zeros_like(output)
+        seed[1] = torch.randn(output[1].shape, generator=generator, dtype=torch.float32).to(output)
+        seeds.append(seed)
+    edges = [call.edge for call in taps.calls]
+    found: list[Tensor | None] = [None] * (len(edges) + len(parameters))
+    if outputs:
+        found = list(torch.autograd.grad(outputs, [*edges, *parameters.values()], seeds, allow_unused=True))
+    layouts = tuple(_layout(call, gradient) for call, gradient in zip(taps.calls, found[: len(edges)], strict=True))
+    rest = {name for name, gradient in zip(parameters, found[len(edges) :], strict=True) if gradient is not None}
+    for call, layout, gradient in zip(taps.calls, layouts, found, strict=False):
+        if layout is None and gradient is not None:
+            rest |= {name for name in (call.weight, call.bias) if name is not None}
+    return Routes(tuple((call.weight, call.kind) for call in taps.calls), layouts, frozenset(rest))
+
+
+def _layout(call: LayerCall, gradient: Tensor | None) -> Layout | None:
+    """Return the one layout in which only the sample that was asked has a gradient; ``None`` if it is not one."""
+    if gradient is None:
+        return None
+    fitting = []
+    for layout in _candidates(call, gradient):
+        others = [row for place, row in enumerate(layout.by_sample(gradient)) if place != 1]
+        if not any(bool(row.any()) for row in others):
+            fitting.append(layout)
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _candidates(call: LayerCall, output: Tensor) -> Iterator[Layout]:
+    dims: Iterable[int] = range(1)
+    if call.kind in ("linear", "embedding"):
+        dims = range(output.dim() - 1)
+    elif call.kind == "last_norm":
+        dims = range(output.dim() - len(call.plain.keywords["normalized_shape"]))
+    elif call.kind == "broadcast":
+        missing = output.dim() - call.input.dim()
+        dims = [dim for dim in range(output.dim()) if dim < missing or call.input.shape[dim - missing] == 1]
+    for dim in dims:
+        rows, rest = divmod(output.shape[dim], PROBES)
+        if not rest:
+            for before in (divisor for divisor in range(1, rows + 1) if rows % divisor == 0):
+                yield Layout(dim, before, rows // before)

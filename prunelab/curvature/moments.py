@@ -1,0 +1,79 @@
+"""Moments: ``E[g_n²]`` for every weight, g_n the gradient of one sample's loss: the diagonal of a Fisher.
+
+One backward pass gives the gradients of all layer outputs, for all samples at once.  Where a sample has one position,
+
+    Σ_n (g_n a_nᵀ)² = (g²)ᵀ (a²),
+
+a single matrix product; elsewhere the gradients of a few samples at a time are made, squared and added up.  Nothing
+loops over samples, and no more than a chunk of per-sample gradients exists at any time.
+
+Flows in: calls with their layouts and output gradients.  Flows out: sums of squares by parameter name.  Notebook 04_obd
+derives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from prunelab.curvature.per_sample import Part
+
+CHUNK = {"cpu": 2**19}
+"""How many numbers a chunk may hold, by device: on a CPU what its caches hold."""
+
+
+def squared_sums(parts: Iterable[Part], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, slice, Tensor]]:
+    """Yield ``Σ_n (Σ_calls g_n)²`` as (name, rows, ``[*rows of the parameter]``).
+
+    Gradients of several calls of one parameter add up before they are squared.
+
+    Args:
+        parts: of all calls.
+        shapes: of the parameters.
+    """
+    by_name: dict[str, list[Part]] = {}
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
+    while by_name:  # what is done is forgotten, with all that it holds
+        name, found = by_name.popitem()
+        for together in _overlapping(found):
+            rows = slice(together[0].rows.start, max(part.rows.stop for part in together))
+            if len(together) == 1 and together[0].squares is not None:
+                yield name, rows, together[0].squares()
+            else:
+                yield name, rows, _chunked(rows, together, shapes[name])
+
+
+def _overlapping(parts: list[Part]) -> Iterator[list[Part]]:
+    """Yield the parts in sets that share rows."""
+    together: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.rows.start):
+        if together and part.rows.start >= max(other.rows.stop for other in together):
+            yield together
+            together = []
+        together.append(part)
+    yield together
+
+
+def _chunked(rows: slice, parts: list[Part], shape: torch.Size) -> Tensor:
+    total = torch.zeros(())
+    for n in ranges(parts[0].samples, sum(part.size for part in parts), parts[0].device):
+        gradients = parts[0].gradients(n)
+        if len(parts) > 1:
+            whole = gradients.new_zeros(len(gradients), rows.stop - rows.start, *shape[1:])
+            for place, part in enumerate(parts):
+                found = gradients if place == 0 else part.gradients(n)
+                whole[:, part.rows.start - rows.start : part.rows.stop - rows.start] += found
+            gradients = whole
+        squares = gradients.square_().sum(0)
+        total = squares if n.start == 0 else total.add_(squares)
+    return total
+
+
+def ranges(samples: int, size: int, device: torch.device) -> Iterator[slice]:
+    """Yield ranges of samples such that ``size`` numbers for each of them fill a chunk."""
+    step = max(1, CHUNK.get(device.type, 2**25) // max(1, size))
+    for start in range(0, samples, step):
+        yield slice(start, min(samples, start + step))

@@ -1,0 +1,165 @@
+"""Per sample: the gradients of single samples, from one backward pass over all of them.
+
+A call's output gradients and its inputs hold every sample's own parameter gradient: a sum over that sample's positions
+of (output gradient) ⊗ (input).  This module writes it down for each kind of call, a few samples at a time.
+
+Flows in: calls with their layouts and output gradients.  Flows out: ``Part``s, which make gradients when
+asked.  Notebook 04_obd derives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunelab.curvature.layout import Layout
+from prunelab.curvature.patches import patches
+from prunelab.curvature.taps import LayerCall
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one call adds to the per-sample gradients of some rows of one parameter.
+
+    Attributes:
+        name: of the parameter.
+        rows: which rows of it.
+        samples: how many samples.
+        device: where they are.
+        size: how many numbers are held for each sample while its gradient is made.
+        gradients: a range of samples -> their gradients ``[n, *rows of the parameter]``, new tensors.
+        squares: ``Σ_n g_n²`` at once, where there is a shorter way.
+    """
+
+    name: str
+    rows: slice
+    samples: int
+    device: torch.device
+    size: int
+    gradients: Callable[[slice], Tensor]
+    squares: Callable[[], Tensor] | None = None
+
+
+def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> Iterator[Part]:
+    """Yield what a call adds to the gradients of its weight and its bias.
+
+    Args:
+        call: as recorded by ``AffineTaps``.
+        layout: where its samples are.
+        gradient: of its output, for the sum of the samples' losses.
+        weight: the parameter.
+    """
+    g = layout.by_sample(gradient)
+    if call.kind == "linear":
+        yield linear_part(call, layout.by_sample(call.input).flatten(1, -2), g.flatten(1, -2))
+    elif call.kind in ("conv", "conv_transpose"):
+        yield conv_part(call, layout.by_sample(call.input), g, weight.shape)
+    elif call.kind == "embedding":
+        yield _embedding_part(call, layout.by_sample(call.input[..., None]).flatten(1), g.flatten(1, -2), len(weight))
+    elif call.kind == "broadcast":
+        yield _summed_part(call.weight, call.rows, lambda n: as_float(g[n]), g, weight.shape)
+    else:
+        yield _summed_part(call.weight, call.rows, _times_plain(call, layout, g), g, _place(call, weight, g))
+    if call.bias is not None:
+        yield _summed_part(call.bias, call.bias_rows, lambda n: as_float(g[n]), g, _place(call, weight, g))
+
+
+def linear_part(call: LayerCall, inputs: Tensor, gradients: Tensor) -> Part:
+    """Return the part of a linear layer's weight: inputs ``[B, R, in]`` and output gradients ``[B, R, out]``."""
+    samples, positions, width = inputs.shape
+    size = positions * (width + gradients.shape[2]) + width * gradients.shape[2]
+
+    def outer(n: slice) -> Tensor:
+        return as_float(gradients[n]).mT @ as_float(inputs[n])
+
+    def squares() -> Tensor:
+        return as_float(gradients[:, 0]).square().mT @ as_float(inputs[:, 0]).square()
+
+    return Part(call.weight, call.rows, samples, inputs.device, size, outer, squares if positions == 1 else None)
+
+
+def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Part:
+    """Return the part of a convolution's weight: inputs ``[B, R, in, …]`` and output gradients ``[B, R, out, …]``.
+
+    The kernel slides over the inputs, and for a transposed convolution over the output gradients.
+    """
+    seen, rows = (inputs, gradients) if call.kind == "conv" else (gradients, inputs)
+    samples, copies, channels, *_ = seen.shape
+    kernel, places = shape[2:], rows.shape[3:]
+    size = copies * channels * math.prod(kernel) * math.prod(places) + math.prod(shape)
+
+    def outer(n: slice) -> Tensor:
+        windows = patches(as_float(seen[n]).flatten(0, 1), call, kernel, places)
+        windows = windows.reshape(len(windows), call.groups, -1, math.prod(places))
+        found = as_float(rows[n]).reshape(len(windows), call.groups, -1, math.prod(places)) @ windows.mT
+        found = found.view(-1, copies, rows.shape[2], channels // call.groups, *kernel)
+        return found.squeeze(1) if copies == 1 else found.sum(1)
+
+    return Part(call.weight, call.rows, samples, seen.device, size, outer)
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Return half precision as float32: squares and sums need its range."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _times_plain(call: LayerCall, layout: Layout, gradients: Tensor) -> Callable[[slice], Tensor]:
+    """Return a function: range of samples -> g · x̂; x̂ is computed when it is first needed."""
+    kept: list[Tensor] = []
+
+    def product(n: slice) -> Tensor:
+        if not kept:
+            kept.append(layout.by_sample(call.plain()))
+        return as_float(gradients[n]) * as_float(kept[0][n])
+
+    return product
+
+
+def _place(call: LayerCall, weight: Tensor, gradients: Tensor) -> tuple[int, ...]:
+    """Return the shape in which the call's bias, or its norm's weight, stands against its output."""
+    if call.kind == "linear":
+        return (gradients.shape[-1],)
+    if call.kind == "last_norm":
+        return tuple(weight.shape)
+    return (gradients.shape[2], *(1,) * (gradients.dim() - 3))
+
+
+def _summed_part(
+    name: str, rows: slice, values: Callable[[slice], Tensor], like: Tensor, shape: tuple[int, ...]
+) -> Part:
+    """Return the part of a parameter that was broadcast: values ``[n, …]`` are summed to its shape."""
+    inner = like.dim() - 1
+    padded = (1,) * (inner - len(shape)) + tuple(shape)
+    dims = [place + 1 for place in range(inner) if padded[place] == 1 and like.shape[place + 1] != 1]
+
+    def gradients(n: slice) -> Tensor:
+        found = values(n)
+        return (found.sum(dims, keepdim=True) if dims else found.clone()).reshape(-1, *shape)
+
+    return Part(name, rows, len(like), like.device, 2 * like[0].numel(), gradients)
+
+
+def _embedding_part(call: LayerCall, indices: Tensor, gradients: Tensor, words: int) -> Part:
+    """Return the part of an embedding: indices ``[B, R]``, output gradients ``[B, R, width]``."""
+    if call.plain is not None:
+        gradients = gradients * (indices != call.plain % words)[..., None]
+    gradients = as_float(gradients)
+    samples, positions, width = gradients.shape
+    keys = indices + words * torch.arange(samples, device=indices.device)[:, None]
+
+    def dense(n: slice) -> Tensor:
+        found = gradients.new_zeros(len(gradients[n]) * words, width)
+        places = (keys[n] - words * n.start).flatten()
+        return found.index_add_(0, places, gradients[n].flatten(0, 1)).view(-1, words, width)
+
+    def squares() -> Tensor:
+        pairs, place = keys.flatten().unique(return_inverse=True)  # a word may occur in a sample more than once
+        sums = gradients.new_zeros(len(pairs), width).index_add_(0, place, gradients.flatten(0, 1))
+        return gradients.new_zeros(words, width).index_add_(0, pairs % words, sums.square_())
+
+    size = (words + positions) * width
+    return Part(call.weight, call.rows, samples, gradients.device, size, dense, squares)
