@@ -12,6 +12,7 @@ from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
+from prunelab.factorize import factorize
 from prunelab.groups import Group, Member
 from prunelab.io import load, save
 from prunelab.masks import bake
@@ -46,6 +47,7 @@ __all__ = [
     "count",
     "criteria",
     "data",
+    "factorize",
     "latency",
     "load",
     "masked",

@@ -1,7 +1,7 @@
 """Keep a pruned model: weights and plans in one safetensors file, no pickle anywhere.
 
-Flows in: a model that ``apply`` cut or ``sparsify`` masked.  Flows out: a file, and from it and a fresh unpruned model,
-the same model again.
+Flows in: a model that ``apply`` cut, ``factorize`` split or ``sparsify`` masked.  Flows out: a file, and from it and a
+fresh unpruned model, the same model again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prunelab.errors import DataError, PlanError
+from prunelab.factorized import Factorized
 from prunelab.masks import Sparsified
 from prunelab.plan import Plan
 from prunelab.surgery import PLANS, apply
@@ -71,7 +72,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     out = copy.deepcopy(model)
     try:
         for plan in plans:
-            out = plan.redo(out) if isinstance(plan, Sparsified) else apply(out, plan)
+            out = apply(out, plan) if isinstance(plan, Plan) else plan.redo(out)
         load_model(out, str(path))
     except (PlanError, RuntimeError, SafetensorError) as error:
         made = f"it was saved from a {header.get('class')}, this is a {type(model).__name__}"
@@ -79,8 +80,11 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return out
 
 
-def _step(data: dict[str, Any]) -> Plan | Sparsified:
+STEPS: dict[str, type[Factorized] | type[Sparsified]] = {"factorize": Factorized, "sparsify": Sparsified}
+"""What else than a plan may have made a model, by the word that stands in the file."""
+
+
+def _step(data: Any) -> Plan | Factorized | Sparsified:
     """Return one of the steps that made a model; plans are the rule, others say what they are."""
-    if isinstance(data, dict) and data.get("action") == "sparsify":
-        return Sparsified.from_json(json.dumps(data))
-    return Plan.from_json(json.dumps(data))
+    kind: Any = STEPS.get(data.get("action"), Plan) if isinstance(data, dict) else Plan
+    return kind.from_json(json.dumps(data))

@@ -80,14 +80,14 @@ class Layer:
         """Every way to narrow the layer: costs ``[n, 2]``, damage ``[n]`` and two ranks ``[n, 2]`` (0: left alone)."""
         full_out, full_in = self.importance.shape[1:]
         total = self.importance.sum()
-        whole, none = torch.ones(1, dtype=torch.float64), torch.zeros(1)
+        whole = torch.ones(1, dtype=torch.float64)
         some_in, some_out = torch.arange(1.0, full_in).double(), torch.arange(1.0, full_out).double()
         has = self.around[0] is not None, self.around[1] is not None
-        found = [(self.cost(whole * full_in, whole * full_out, has), total[None] * 0, none, none)]
+        found = [(self.cost(whole * full_in, whole * full_out, has), total[None] * 0, whole * 0, whole * 0)]
         damage = total - self.columns.cumsum(0)[:-1]
-        found.append((self.cost(some_in, whole * full_out, (True, has[1])), damage, some_in, none))
+        found.append((self.cost(some_in, whole * full_out, (True, has[1])), damage, some_in, some_in * 0))
         damage = total - self.rows.cumsum(0)[:-1]
-        found.append((self.cost(whole * full_in, some_out, (has[0], True)), damage, none, some_out))
+        found.append((self.cost(whole * full_in, some_out, (has[0], True)), damage, some_out * 0, some_out))
         # Without a kernel between them the second rotation only costs: U C V is cheaper with C merged into one of them.
         if self.kernel > 1 or any(has):
             best_rows = self.importance.sum(2).argsort(1, descending=True)

@@ -6,7 +6,9 @@ from typing import Any
 
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.bn_scale import BNScale
+from prunelab.criteria.eigendamage import EigenDamage, EigenScores
 from prunelab.criteria.fpgm import FPGM
+from prunelab.criteria.kron import COBD, COBS, KronOBD, KronOBS
 from prunelab.criteria.magnitude import Magnitude
 from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.random import Random
@@ -19,14 +21,25 @@ CRITERIA: dict[str, type[Criterion]] = {
     "bn_scale": BNScale,
     "fpgm": FPGM,
     "taylor": Taylor,
+    "c_obd": COBD,
+    "c_obs": COBS,
+    "kron_obd": KronOBD,
+    "kron_obs": KronOBS,
+    "eigendamage": EigenDamage,
     "oracle": Oracle,
 }
 
 __all__ = [
+    "COBD",
+    "COBS",
     "CRITERIA",
     "FPGM",
     "BNScale",
     "Criterion",
+    "EigenDamage",
+    "EigenScores",
+    "KronOBD",
+    "KronOBS",
     "Magnitude",
     "Oracle",
     "Random",

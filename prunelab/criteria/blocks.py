@@ -1,0 +1,186 @@
+"""Weights as blocks: what the Kronecker criteria share, rows that units own, with the factors of the Fisher S ⊗ A.
+
+Flows in: factors, a member of a group and its weight.  Flows out: a ``Block``, and scores per unit from it.  Notebook
+07_kfac derives the formulas that use it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunelab.batches import Batches, Loss
+from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
+from prunelab.curvature.collect import Statistics, statistics_for
+from prunelab.curvature.kronecker import Factors
+from prunelab.errors import BudgetError
+from prunelab.groups import Group, Member
+from prunelab.trace import DependencyGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A weight with its factors, seen from the side on which a group's units lie, per group g of a convolution.
+
+    Attributes:
+        values: the weight, ``[g, n, in, K]``: n rows, of which units own some; K kernel positions.
+        S: factor of the rows, ``[g, n, n]``.
+        A: factor of the columns, ``[g, in, in]``.
+        unit: int64 ``[g, n]``, which unit owns a row, or -1.
+        factors: where they are from.
+        flipped: whether the rows are the weight's inputs, and ``S`` and ``A`` have changed places.
+    """
+
+    values: Tensor
+    S: Tensor
+    A: Tensor
+    unit: Tensor
+    factors: Factors
+    flipped: bool
+
+    def gram(self) -> Tensor:
+        """Return ``W A Wᵀ`` summed over kernel positions, ``[g, n, n]``."""
+        return torch.einsum("gnik,gij,gmjk->gnm", self.values, self.A, self.values)
+
+    def sum_rows(self, rows: Tensor, size: int) -> Tensor:
+        """Sum one number per row, ``[g, n]``, over the rows of each unit, to ``[size]``."""
+        owned = self.unit >= 0
+        return rows.new_zeros(size).index_add_(0, self.unit[owned], rows[owned])
+
+    def together(self, matrix: Tensor, size: int) -> Tensor:
+        """Return ``[size]``: the sum of a matrix ``[g, n, n]`` over all pairs of rows of each unit."""
+        same = (self.unit[:, :, None] == self.unit[:, None, :]) & (self.unit >= 0)[:, :, None]
+        return self.sum_rows((matrix * same).sum(2), size)
+
+    def rows_of(self, size: int) -> Iterable[tuple[int, int, Tensor]]:
+        """Yield ``(unit, group, positions)`` for the rows of every unit in every group of the convolution."""
+        for place, owners in enumerate(self.unit):
+            for unit in range(size):
+                rows = (owners == unit).nonzero().flatten()
+                if len(rows):
+                    yield unit, place, rows
+
+
+def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
+    """Return a weight as rows that the units of ``member`` own; ``None`` if it is about neither rows nor columns.
+
+    Args:
+        factors: of the weight, or of some of its rows.
+        member: one of its dimensions.
+        weight: the weight itself.
+    """
+    rows, columns = (1, 0) if factors.kind == "conv_transpose" else (0, 1)
+    if member.dim not in (rows, columns):
+        return None
+    unit = member.unit.to(weight.device)
+    unit = unit[factors.rows] if member.dim == 0 else unit
+    values, left, right = factors.matrices(weight.detach().to(factors.A)), factors.S, factors.A
+    if factors.groups == 1:
+        values, left, right = values[None], left[None], right[None]
+    values = values.flatten(3) if values.dim() > 3 else values[..., None]
+    if member.dim == columns:
+        values, left, right = values.transpose(1, 2), right, left
+    unit = unit.view(factors.groups, -1) if member.dim == 0 else unit.expand(factors.groups, -1)
+    return Block(values, left, right, unit, factors, member.dim == columns)
+
+
+def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
+    """Return ``(M + damping · mean eigenvalue · I)⁻¹`` of symmetric matrices ``[…, n, n]``; inverted in float64."""
+    values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    values = values.clamp_min(0)
+    values = values + damping * values.mean(-1, keepdim=True).clamp_min(1e-30)
+    return ((vectors / values[..., None, :]) @ vectors.mT).to(matrix)
+
+
+@dataclass
+class KroneckerCriterion(Criterion):
+    """Scores every layer that produces a unit by the Fisher's Kronecker factors, then reduces over these layers.
+
+    A unit may own several rows of a layer (a head's width): they go together, with the terms between them.  Groups that
+    no layer produces (embeddings) are scored by the columns of the layers that consume them, in the same way; a group
+    with neither has no score and is never removed first (infinity).  Biases are not charged.
+
+    Args:
+        fisher: ``"empirical"`` (labels as given), ``"mc"`` (sampled from the model) or ``"ggn"`` (exact).
+        loss: ``loss(outputs, targets)``, a mean over samples.
+        seed: for ``fisher="mc"``.
+        group_reduction: over the layers that share a unit: ``"sum"``, ``"mean"``, ``"max"``, ``"prod"``, ``"first"`` or
+            ``"gate"`` (the last of them).
+        normalizer: over the units of a group, see ``GroupwiseCriterion``; ``"none"`` compares predicted changes of the
+            loss between groups as they are.
+    """
+
+    fisher: str = "empirical"
+    loss: Loss = F.cross_entropy
+    seed: int = 0
+    group_reduction: str = "sum"
+    normalizer: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.normalizer == "standarization":
+            self.normalizer = "standardization"
+        for option, table in (("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
+            if getattr(self, option) not in table:
+                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(table)}.")
+        damping = getattr(self, "damping", 0.0)
+        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
+            raise BudgetError(f"damping={damping!r} is no number ≥ 0; it is a share of the mean eigenvalue.")
+
+    def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
+        """Return the scores.
+
+        Args:
+            graph: of the model.
+            batches: pairs ``(inputs, targets)``, or ``Statistics`` that hold what is needed.
+
+        Raises:
+            BatchError: batches are missing or do not fit the model, or the statistics are of another kind.
+        """
+        found = statistics_for(graph, batches, self.needs(), fisher=self.fisher, loss=self.loss, seed=self.seed)
+        return Scores(graph, self.units(graph, found), str(self))
+
+    def needs(self) -> set[str]:
+        """Return which statistics are used."""
+        return {"kronecker"}
+
+    def units(self, graph: DependencyGraph, statistics: Statistics) -> dict[str, Tensor]:
+        """Return group name -> score of every unit."""
+        parameters, by_weight = dict(graph.model.named_parameters()), self.by_weight(statistics)
+        return {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
+
+    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+        """Return weight name -> what is known of it."""
+        found: dict[str, list] = {}
+        for factors in statistics.kronecker.values():
+            found.setdefault(factors.weight, []).append(factors)
+        return found
+
+    def _group(self, group: Group, known: dict[str, list], parameters: Mapping[str, Tensor]) -> Tensor:
+        for role in ("produces", "carries", "consumes"):
+            rows = []
+            for member in group.members:
+                if member.role == role and member.name in known:
+                    parts = [
+                        self.member(one, member, parameters[member.name], group.size) for one in known[member.name]
+                    ]
+                    scores = [part for part in parts if part is not None]
+                    if scores:
+                        rows.append(torch.stack(scores).sum(0).float().cpu())
+            if rows:
+                reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [role] * len(rows))
+                return NORMALIZERS[self.normalizer](reduced)
+        return torch.full((group.size,), torch.inf)
+
+    def member(self, factors: Factors, member: Member, weight: Tensor, size: int) -> Tensor | None:
+        """Return ``[size]``: what every unit costs on one layer."""
+        part = block(factors, member, weight)
+        return None if part is None else self.score(part, size)
+
+    @abstractmethod
+    def score(self, part: Block, size: int) -> Tensor:
+        """Return ``[size]``: what every unit costs on one block."""
