@@ -82,7 +82,10 @@ def squared_sums_by_vmap(
                 yield {name: value[None] for name, value in found.items()}
 
     step = max(1, min(CHUNK, NUMBERS // max(1, sum(value.numel() for value in chosen.values()))))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop because we have not yet implemented the batching"
+        )
         try:
             return _squares(gradients(step), chosen)
         except (RuntimeError, NotImplementedError, ValueError) as error:
