@@ -30,6 +30,9 @@ LAYERS = (
 )
 """Layers whose weights are pruned unless ``names`` says otherwise: no norms, no biases, no free parameters."""
 
+ORDER = "prunelab_order"
+"""Attribute of a module with masks: the order of its parameters before, which ``bake`` restores."""
+
 
 class Mask(nn.Module):
     """The parametrization: ``w`` where the mask (bool, like the weight) is True, zero elsewhere."""
@@ -106,6 +109,10 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module, _, attribute in list(_masked(out)):
         _own_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        if not parametrize.is_parametrized(module):
+            order = vars(module).pop(ORDER, [])
+            for name in [name for name in order if name in module._parameters]:
+                module._parameters[name] = module._parameters.pop(name)
     if hasattr(out, PLANS):
         setattr(out, PLANS, [made for made in getattr(out, PLANS) if not isinstance(made, Sparsified)])
     return out
@@ -146,6 +153,7 @@ def put_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         parametrization = Mask(mask)
         for owner, attribute in places_of(model, parameters[name]):
             _own_class(owner)
+            vars(owner).setdefault(ORDER, list(owner._parameters))
             parametrize.register_parametrization(owner, attribute, parametrization)
     if fresh:
         setattr(model, PLANS, [*getattr(model, PLANS, []), Sparsified(tuple(fresh))])
