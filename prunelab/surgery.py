@@ -6,7 +6,7 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from prunelab import fakes
 from prunelab.axes import Axis, fold, size_with
+from prunelab.batches import Batches
+from prunelab.compensate import Compensation, make_up
 from prunelab.constants import ScaleFix, scale_fixes
+from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
 from prunelab.groups import VIEWS
 from prunelab.modules import free
@@ -27,7 +30,12 @@ PLANS = "prunelab_plans"
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, inplace: bool = False, backend: Literal["auto", "module"] = "auto"
+    model: nn.Module,
+    plan: Plan,
+    *,
+    inplace: bool = False,
+    backend: Literal["auto", "module"] = "auto",
+    compensate: Compensation | Statistics | Batches | None = None,
 ) -> nn.Module:
     """Return ``model`` without the units that ``plan`` removes.
 
@@ -39,6 +47,7 @@ def apply(
         plan: what goes.
         inplace: cut ``model`` itself instead of a copy.
         backend: ``"module"`` keeps the model's class and cuts it; ``"auto"`` is the same until there is another.
+        compensate: batches, statistics or ``Compensation``: what is left is refitted to make up for what goes.
 
     Returns:
         The smaller model: of the same class, in the same mode, on the same device.
@@ -46,6 +55,7 @@ def apply(
     Raises:
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says; ``model`` is
             then as it was.
+        BatchError: what ``compensate`` was given does not fit the model.
     """
     if backend not in ("auto", "module"):
         raise PlanError(f"backend={backend!r} is not one of auto, module.")
@@ -58,8 +68,9 @@ def apply(
     except TraceError as error:
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
+    fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
     target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
-    _cut(target, graph, kept, fixes)
+    _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     return target
 
@@ -126,9 +137,15 @@ def masks(graph: DependencyGraph, kept: Kept) -> Iterator[tuple[str, int, Tensor
                 yield name, place, kept.mask(dim.axis)
 
 
-def _cut(model: nn.Module, graph: DependencyGraph, kept: Kept, fixes: tuple[ScaleFix, ...]) -> None:
+def _cut(
+    model: nn.Module,
+    graph: DependencyGraph,
+    kept: Kept,
+    fixes: tuple[ScaleFix, ...],
+    refitted: Mapping[str, Tensor] | None = None,
+) -> None:
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    fresh: dict[str, Tensor] = {}
+    fresh = dict(refitted or {})
     with torch.no_grad():
         for fix in fixes:
             source = fresh.get(fix.name, tensors[fix.name])
