@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelab.curvature import factor_sums, per_sample
+from prunelab.curvature import factor_sums, inputs, per_sample
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Routes
 from prunelab.curvature.moments import squared_sums
@@ -202,9 +202,33 @@ class Ekfac(Accumulator):
         return {name: value / samples for name, value in sums.items()}
 
 
+class Inputs(Accumulator):
+    """The second moments of what weights multiply; of those that consume units, where the graph is known."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        graph = setting.graph
+        every = {name: 1 for name in self.parameters}
+        self.wanted = every if isinstance(graph, nn.Module) else inputs.consumers(graph)
+
+    def forward(self, step: Step) -> None:
+        for call in step.calls:
+            if call.kind in factor_sums.KINDS and call.weight in self.wanted:
+                weight, taps = self.parameters[call.weight], self.wanted[call.weight]
+                key = factor_sums.key(call, weight)
+                self.meta[key] = inputs.describe(call, weight, taps)
+                self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
+
+    @classmethod
+    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
+        """Return the moments by weight name."""
+        return inputs.read(sums, meta)
+
+
 ACCUMULATORS: dict[str, type[Accumulator]] = {
     "grad": Gradient,
     "moments": Moments,
     "kronecker": Kronecker,
     "ekfac": Ekfac,
+    "inputs": Inputs,
 }

@@ -111,7 +111,7 @@ def describe(call: LayerCall, weight: Tensor, taps: int = 1, memory: int = MEMOR
     taps = 1 if call.kind == "conv_transpose" else taps
     over = "channels" if taps > 1 and call.groups * (width + 1) ** 2 * 8 > memory else "patches"
     padded = any(call.padding) or call.kind == "conv_transpose"
-    slices = {name: (getattr(call, name).start, getattr(call, name).stop) for name in ("rows", "bias_rows")}
+    slices = {name: [getattr(call, name).start, getattr(call, name).stop] for name in ("rows", "bias_rows")}
     return {**about, **slices, "over": over, "padded": padded}
 
 
