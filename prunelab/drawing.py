@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from prunelab.axes import fold, leaves
 from prunelab.errors import PlanError
@@ -94,10 +93,9 @@ def network(graph: DependencyGraph) -> list[Node]:
     for op in graph.tape:
         if op.training:
             continue
-        tensors = [value for value in tree_leaves((op.args, op.kwargs)) if isinstance(value, Tensor)]
-        computed = [tensor for tensor in tensors if not graph.origins_of(tensor)]
+        computed = [tensor for tensor in op.tensors if not graph.origins_of(tensor)]
         sources = list({id(n): n for n in (given.get(id(t), start) for t in computed) if n is not None}.values())
-        weights = {name for tensor in tensors for name, _ in graph.origins_of(tensor)} & parameters
+        weights = {name for tensor in op.tensors for name, _ in graph.origins_of(tensor)} & parameters
         made: Node | None = sources[0] if sources else None
         if not computed:
             made = None  # made of parameters alone: part of the layer that uses it

@@ -70,15 +70,15 @@ def tie(recorder: Recorder) -> list[set[int]]:
             freeze(part, "code splits it into parts of equal size that are not built alike")
     _freeze_together(columns)
     ties = [{id(part) for part in column} for column in columns]
-    for module, attributes in _integers(recorder.model).items():
-        by_size: dict[int, list[Axis]] = {}
-        for op in recorder.tape:
-            if op.module == module and op.name in VIEWS:
-                for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
-                    if axis.size in attributes and not is_frozen(axis):
-                        by_size.setdefault(axis.size, []).append(axis)
-        for axes in by_size.values():
-            ties += [{id(part) for part in column} for column in _columns(axes) or []]
+    integers = _integers(recorder.model)
+    viewed: dict[tuple[str, int], list[Axis]] = {}
+    for op in recorder.tape:
+        if op.name in VIEWS and op.module in integers:
+            for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
+                if axis.size in integers[op.module] and not is_frozen(axis):
+                    viewed.setdefault((op.module, axis.size), []).append(axis)
+    for axes in viewed.values():
+        ties += [{id(part) for part in column} for column in _columns(axes) or []]
     return ties
 
 

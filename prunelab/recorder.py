@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from prunelab.axes import Axis, freeze, leaf, unify
 from prunelab.errors import TraceError
@@ -34,16 +34,39 @@ class Dim(NamedTuple):
 Dims = list[Dim]
 
 
+@cache
+def signature(func: Any) -> tuple[str, dict[str, Any]]:
+    """Return an operator's name and its arguments with their defaults, in order."""
+    name = func._schema.name.removeprefix("aten::")
+    return name, {argument.name: argument.default_value for argument in func._schema.arguments}
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return all tensors among values, lists and tuples of them included."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
 class Call:
-    """One call of an operator: its arguments by name, the axes of its tensors, and where it happened."""
+    """One call of an operator: its arguments by name, the axes of its tensors, and where it happened.
+
+    Attributes:
+        values: argument name -> what was given, or the default.
+        tensors: all tensors among the arguments, lists included.
+        outputs: all tensors that it returned.
+    """
 
     def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         self.recorder, self.func, self.out = recorder, func, out
-        self.name = func._schema.name.removeprefix("aten::")
-        self.values: dict[str, Any] = {}
-        for position, argument in enumerate(func._schema.arguments):
-            given = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
-            self.values[argument.name] = given
+        self.name, defaults = signature(func)
+        self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        self.tensors = tensors_in(self.values.values())
+        self.outputs = tensors_in([out])
         self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
 
     def __getitem__(self, name: str) -> Any:
@@ -51,16 +74,6 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, lists included."""
-        return [value for value in tree_leaves(list(self.values.values())) if isinstance(value, Tensor)]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        out = self.out if isinstance(self.out, (list, tuple)) else [self.out]
-        return [item for item in out if isinstance(item, Tensor)]
 
     def dims(self, value: Any) -> Dims:
         """Return the dimensions of an argument, given by its name or as a tensor."""
@@ -105,7 +118,12 @@ class Op:
 
     @property
     def name(self) -> str:
-        return self.func._schema.name.removeprefix("aten::")
+        return signature(self.func)[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, lists included."""
+        return tensors_in([*self.args, *self.kwargs.values()])
 
 
 class Recorder(TorchDispatchMode):
@@ -184,6 +202,8 @@ class Recorder(TorchDispatchMode):
                 f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
                 f"failed on tensors without data: {first_line(error)}"
             ) from error
+        if func.namespace == "prim":
+            return out  # where a tensor lies: nothing is computed
         call = Call(self, func, args, kwargs, out)
         if not call.outputs:
             return out

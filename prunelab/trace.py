@@ -181,7 +181,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     for tensor in results:
         for dim in recorder.dims(tensor):
             freeze(dim.axis, "the model's output")
-    used = _used(recorder.tape, results)
+    used = _used(recorder.tape, results) if recorder.conditions else set()
     for outputs, dims, reason in recorder.conditions:
         for dim in dims if any(id(tensor) in used for tensor in outputs) else []:
             freeze(dim.axis, reason)
@@ -232,7 +232,7 @@ def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
     used = {id(tensor) for tensor in results}
     for op in reversed(tape):
         if op.func._schema.is_mutable or any(id(tensor) in used for tensor in op.outputs):
-            used.update(id(value) for value in tree_leaves((op.args, op.kwargs)) if isinstance(value, Tensor))
+            used.update(id(tensor) for tensor in op.tensors)
             used.update(id(tensor) for tensor in op.outputs)
     return used
 
