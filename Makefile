@@ -8,6 +8,7 @@ VENV := .venv
 UV := .uv/bin/uv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.prunelab-ready
+BENCH := $(VENV)/.prunelab-bench
 
 # Notebooks run on the kernel of .venv, whatever else is installed for this user.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -23,10 +24,10 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks zoo bench-trace format lock clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build the environment in .venv; tour, test and lab do it by themselves
 
@@ -57,6 +58,12 @@ notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 	@echo "== notebooks"
 	@$(RUN) -m pytest --nbval-lax --nbval-current-env notebooks
 
+zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
+	@$(RUN) -m bench.zoo --out bench/zoo.md
+
+bench-trace: $(BENCH) ## time tracing beside Torch-Pruning, over torchvision's classifiers; writes bench/tracing.md
+	@$(RUN) -m bench.tracing --out bench/tracing.md
+
 format: setup ## put code and notebooks into the house format (ruff)
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
@@ -65,6 +72,9 @@ lock: $(UV) ## resolve requirements.lock again; UPGRADE=--upgrade takes the newe
 	@$(UV) pip compile --universal --python-version 3.11 --no-emit-index-url --quiet $(UPGRADE) \
 		--annotation-style line --custom-compile-command "make lock" \
 		--extra notebooks --extra test pyproject.toml --output-file requirements.lock
+	@$(UV) pip compile --universal --python-version 3.11 --no-emit-index-url --quiet $(UPGRADE) \
+		--annotation-style line --custom-compile-command "make lock" --constraint requirements.lock \
+		--extra bench pyproject.toml --output-file bench/requirements.lock
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages; run 'make test' with it before you commit it."
 
 clean: ## remove what the commands wrote: caches and out/, but not .venv
@@ -83,6 +93,11 @@ $(UV):
 	@echo "[1/3] the installer, uv"
 	@PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 \
 		$(PYTHON) -m pip install --quiet --upgrade --target .uv uv
+
+# The libraries that prunelab is measured beside; prunelab itself never imports them.
+$(BENCH): bench/requirements.lock | setup
+	@$(UV) pip install --quiet --python $(RUN) --requirement bench/requirements.lock
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml | $(UV)
 	@echo "[2/3] the packages of requirements.lock; on Linux a download of about 3 GB, most of it PyTorch, once"
