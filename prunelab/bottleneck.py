@@ -93,12 +93,18 @@ class Parts:
         """Return the parts after a change of basis of the core: ``C → LᵀCR``, ``U → U L``, ``V → Rᵀ V``.
 
         Nothing changes but rounding if L and R are square and orthogonal; with columns left out, their part of C goes.
+        Computed in float32 at least.
 
         Args:
             left: L, ``[groups, r_out, new r_out]``, or ``None`` to leave that side alone.
             right: R, ``[groups, r_in, new r_in]``, or ``None``.
         """
-        core, inward, outward = self.core, self.inward, self.outward
+        dtype = torch.promote_types(self.core.dtype, torch.float32)
+        core, inward, outward, left, right = (
+            None if part is None else part.to(self.core.device, dtype)
+            for part in (self.core, self.inward, self.outward, left, right)
+        )
+        assert core is not None
         if right is not None:
             core = torch.einsum("gab...,gbc->gac...", core, right)
             inward = right.mT if inward is None else right.mT @ inward

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,16 @@ class Layer:
         inward, outward = (rank or None for rank in ranks.tolist())
         return Choice(inward, outward, float(cost[0]), float(damage))
 
+    @cached_property
+    def front(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The options that no other beats in both, by rising cost and falling damage: cost, damage and their index."""
+        costs, damage, _ = self.options
+        order = costs[:, 0].argsort(stable=True)
+        lowest = damage[order].cummin(0).values
+        better = torch.cat([torch.ones(1, dtype=torch.bool), lowest[1:] < lowest[:-1]])
+        best = order[better]
+        return costs[best, 0], damage[best], best
+
     def at_price(self, price: float) -> Choice:
         """Return the option of least damage + price · cost."""
         costs, damage, _ = self.options
@@ -122,16 +133,10 @@ class Layer:
         fits = (kept >= torch.tensor(limits)).all(1)
         return self.pick(int(costs[:, 0].masked_fill(~fits, torch.inf).argmin()))
 
-    def within(self, cost: float) -> Choice | None:
-        """Return the option of least damage among those that cost no more, ``None`` if all do."""
-        costs, damage, _ = self.options
-        damage = damage.masked_fill(costs[:, 0] > cost, torch.inf)
-        best = int(damage.argmin())
-        return None if torch.isinf(damage[best]) else self.pick(best)
-
-    def cheapest(self) -> Choice:
-        """Return the option that costs least."""
-        return self.pick(int(self.options[0][:, 0].argmin()))
+    def within(self, cost: float) -> Choice:
+        """Return the option of least damage among those that cost no more; the cheapest if all do."""
+        costs, _, index = self.front
+        return self.pick(int(index[max(int((costs <= cost).sum()) - 1, 0)]))
 
 
 def choose(layers: Sequence[Layer], target: float, *, by_price: bool, slack: float, asked: str) -> dict[str, Choice]:
@@ -141,13 +146,13 @@ def choose(layers: Sequence[Layer], target: float, *, by_price: bool, slack: flo
         layers: the layers that may be narrowed.
         target: their budget, as a share of the whole model.
         by_price: a price per cost, or else one threshold for the importance of all rows and columns.
-        slack: how far below the target is near enough; a warning where single ranks are too large for that.
+        slack: how far below the target is near enough; a warning where ranks are too large steps for that.
         asked: the budget in the user's words, for messages.
 
     Raises:
         BudgetError: rank one everywhere still costs more.
     """
-    cheapest = {layer.name: layer.cheapest() for layer in layers}
+    cheapest = {layer.name: layer.within(0) for layer in layers}
     least = _spent(cheapest)
     if least > target:
         raise BudgetError(
@@ -174,8 +179,8 @@ def choose(layers: Sequence[Layer], target: float, *, by_price: bool, slack: flo
     best = _spend_the_rest(layers, best, target, slack / 10)
     if _spent(best) < target - slack:
         warnings.warn(
-            f"{asked}: the layers end at {_spent(best):.3f} of the {target:.3f} that is left to them; single ranks are "
-            "too large to come closer.",
+            f"{asked}: the layers end at {_spent(best):.3f} of the {target:.3f} of the whole that is left to them; "
+            "no ranks that use more of it do less damage.",
             stacklevel=4,
         )
     return best
@@ -188,18 +193,35 @@ def _spent(choices: dict[str, Choice]) -> float:
 def _spend_the_rest(
     layers: Sequence[Layer], choices: dict[str, Choice], target: float, enough: float
 ) -> dict[str, Choice]:
-    """Give what is left of the budget to the layer whose damage it lessens most, again and again."""
-    choices = dict(choices)
-    for _ in range(20 * len(layers)):
-        left = target - _spent(choices)
-        better = [(layer.name, layer.within(choices[layer.name].cost + left)) for layer in layers]
-        gains = [
-            (choices[name].damage - choice.damage, name, choice)
-            for name, choice in better
-            if choice is not None and choice.damage < choices[name].damage
-        ]
-        if left <= enough or not gains:
-            break
-        _, name, choice = max(gains, key=lambda gain: gain[0])
-        choices[name] = choice
+    """Lessen the damage with what is left of the budget: change one layer, or where that is not enough two, at best."""
+    for changed in (_one_layer, _two_layers):
+        for _ in range(20 * len(layers)):
+            left = target - _spent(choices)
+            found = changed(layers, choices, left) if left > enough else {}
+            if not found:
+                break
+            choices = choices | found
     return choices
+
+
+def _one_layer(layers: Sequence[Layer], choices: dict[str, Choice], left: float) -> dict[str, Choice]:
+    trials = [(layer.name, layer.within(choices[layer.name].cost + left)) for layer in layers]
+    name, choice = max(trials, key=lambda trial: choices[trial[0]].damage - trial[1].damage)
+    return {name: choice} if choice.damage < choices[name].damage else {}
+
+
+def _two_layers(layers: Sequence[Layer], choices: dict[str, Choice], left: float) -> dict[str, Choice]:
+    best, found = 0.0, {}
+    for first, second in combinations(layers, 2):
+        now = choices[first.name], choices[second.name]
+        limit = now[0].cost + now[1].cost + left
+        costs, damage, index = first.front
+        place = torch.searchsorted(second.front[0], limit - costs, right=True) - 1
+        total = damage + second.front[1][place.clamp_min(0)]
+        total = total.masked_fill(place < 0, torch.inf)
+        lowest = int(total.argmin())
+        gain = now[0].damage + now[1].damage - float(total[lowest])
+        if gain > best * (1 + 1e-9) + 1e-12 * now[0].damage:
+            other = second.pick(int(second.front[2][place[lowest]]))
+            best, found = gain, {first.name: first.pick(int(index[lowest])), second.name: other}
+    return found

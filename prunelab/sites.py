@@ -79,7 +79,11 @@ def find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
             weight, reason = module.core.weight, refusal(module.core)
             reason = "it has hooks" if module._forward_hooks or module._forward_pre_hooks else reason
         elif isinstance(module, (nn.Linear, _ConvNd)):
-            site, weight, reason = Site(f"{prefix}weight", path, module), module._parameters["weight"], refusal(module)
+            site, weight, reason = (
+                Site(f"{prefix}weight", path, module),
+                module._parameters.get("weight"),
+                refusal(module),
+            )
         elif isinstance(module, FreeMultiheadAttention) and module.in_proj_weight is not None:
             site = Site(f"{prefix}in_proj_weight", path, _as_linear(module), fused=True)
             weight, reason = module.in_proj_weight, None
@@ -87,7 +91,7 @@ def find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
             continue
         if not path and not site.fused:
             reason = "it is the whole model; put it into an nn.Sequential"
-        elif owners[id(weight)] > 1:
+        elif reason is None and owners[id(weight)] > 1:
             reason = "another layer shares its weight"
         elif reason is None and site.shape[1:3] == (1, 1):
             reason = "it has one channel per group"

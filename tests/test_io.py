@@ -93,3 +93,93 @@ def test_a_failed_save_leaves_the_old_file(small, tmp_path):
         pl.save(small[0], tmp_path / "no" / "folder")
     pl.save(nn.Linear(2, 2), path)
     assert path.read_bytes() != old and [file.name for file in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+# ── factorised models ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def factorized(model: nn.Module, inputs: torch.Tensor, **budget) -> nn.Module:
+    graph = pl.trace(model, inputs)
+    batches = [(torch.randn(80, *inputs.shape[1:], dtype=inputs.dtype), torch.arange(80) % 4)]
+    return pl.factorize(model, pl.criteria.EigenDamage()(graph, batches), **budget)
+
+
+class Encoder(nn.Module):
+    """PyTorch's own attention, whose projections are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "encoder"])
+def test_a_factorised_model_is_loaded_into_a_fresh_one_of_the_users_class(name, tmp_path):
+    torch.manual_seed(0)
+    build, inputs = {
+        "resnet20": (pl.zoo.resnet20, torch.randn(2, 3, 16, 16)),
+        "encoder": (Encoder, torch.randn(2, 5, 12)),
+    }[name]
+    model = build().eval()
+    small = factorized(model, inputs, params=0.6, train_rotations=False)
+    path, fresh = tmp_path / "small.safetensors", build()
+    pl.save(small, path)
+    state, rng = {key: value.clone() for key, value in fresh.state_dict().items()}, torch.get_rng_state()
+    again = pl.load(fresh, path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(inputs), small(inputs), rtol=0, atol=0)
+    assert type(again) is type(model) and torch.equal(torch.get_rng_state(), rng)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in small.parameters()]
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+    pl.save(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_pruning_and_factorising_are_redone_in_their_order(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = pl.zoo.resnet20().eval(), torch.randn(2, 3, 16, 16)
+    small = pl.apply(model, random_plan(model, inputs, 0.25))
+    small = factorized(small, inputs, flops=0.8)
+    small = pl.apply(small, random_plan(small, inputs, 0.2, seed=1))
+    small = factorized(small, inputs, params=0.9)
+    pl.save(small, tmp_path / "small.safetensors")
+    again = pl.load(pl.zoo.resnet20(), tmp_path / "small.safetensors").eval()
+    with torch.no_grad():
+        assert torch.equal(again(inputs), small(inputs))
+
+
+def test_a_factorised_file_that_does_not_fit_is_refused_and_the_model_stays(small, tmp_path):
+    model, inputs = small
+    path, wrong = tmp_path / "small.safetensors", tmp_path / "wrong.safetensors"
+    pl.save(factorized(model, inputs, flops=0.815), path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(pl.DataError, match="does not fit.*saved from a Sequential, this is a ResNet"):
+        pl.load(pl.zoo.resnet20(), path)
+    wider = nn.Sequential(nn.Conv2d(3, 10, 3), *list(model)[1:])
+    with pytest.raises(pl.DataError, match=r"does not fit.*`0.weight`: it has the shape \[1, 10, 3, 3, 3\]"):
+        pl.load(wider, path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(json.loads(file.read(length))["__metadata__"]["prunelab"])
+    step = header["plans"][0]
+    layer = next(layer for layer in step["layers"] if layer["weight"] == "0.weight")
+    for changes in (
+        {"layers": [layer | {"weight": "2.weight"}]},
+        {"layers": [layer | {"weight": "__class__.weight"}]},
+        {"layers": [layer | {"inward": 10**9}]},
+        {"layers": [layer | {"inward": 1, "outward": None}]},
+        {"layers": [layer, layer]},
+        {"layers": []},
+    ):
+        metadata = {"prunelab": json.dumps(header | {"plans": [step | changes]})}
+        save_file(load_file(path), wrong, metadata=metadata)
+        with pytest.raises(pl.DataError, match="does not fit"):
+            pl.load(model, wrong)
+    for changes in ({"layers": [{"weight": "0.weight"}]}, {"train_rotations": "yes"}, {"action": "run"}):
+        save_file(load_file(path), wrong, metadata={"prunelab": json.dumps(header | {"plans": [step | changes]})})
+        with pytest.raises(pl.DataError, match="damaged"):
+            pl.load(model, wrong)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
