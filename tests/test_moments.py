@@ -186,14 +186,14 @@ def test_tokens_and_windows_are_told_from_samples():
     model, inputs = MORE[1].make()
     with evaluating(model):
         found = routes(model, inputs)
-    by_call = dict(zip((weight for weight, _ in found.calls), found.layouts, strict=True))
+    by_call = dict(zip((weight for weight, *_ in found.calls), found.layouts, strict=True))
     assert by_call["attention.in_proj_weight"] == Layout(1, 1, 1)  # [tokens, B, …]
     assert by_call["attention.out_proj.weight"] == Layout(0, 7, 1)  # [tokens · B, …]
     assert by_call["head.weight"] == Layout(0, 1, 1)
     model, inputs = MORE[3].make()
     with evaluating(model):
         found = routes(model, inputs)
-    by_call = dict(zip((weight for weight, _ in found.calls), found.layouts, strict=True))
+    by_call = dict(zip((weight for weight, *_ in found.calls), found.layouts, strict=True))
     assert by_call["features.1.0.attn.qkv.weight"] == Layout(0, 1, 16)  # [B · windows, …]
 
 

@@ -8,7 +8,7 @@ and from them what ``Statistics`` shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from prunelab.curvature import factor_sums, inputs, per_sample
 from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.layout import Routes
+from prunelab.curvature.layout import Layout, Routes
 from prunelab.curvature.moments import squared_sums
 from prunelab.curvature.per_sample import Part, as_float
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import squared_sums_by_vmap
-from prunelab.errors import BatchError
 from prunelab.trace import DependencyGraph
 
 Sums = dict[str, Tensor]
@@ -40,26 +39,20 @@ class Setting:
     basis: Mapping[str, Factors] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One batch after its forward pass."""
-
-    number: int
-    inputs: Any
-    samples: int
-    calls: Sequence[LayerCall]
-
-
 class Accumulator:
-    """Adds one statistic up over batches.
+    """Adds one statistic up over batches, call by call as they run, and again as their gradients arrive.
 
     Attributes:
-        kinds: of the calls whose output gradients it needs; none if it needs no backward pass.
+        kinds: of the calls whose output gradients it takes; none if it needs no backward pass.
+        wants_inputs: whether it needs the inputs of calls together with their gradients.
+        wants_slopes: whether it needs the gradients of the parameters.
         sums: name -> sum over samples.
         meta: name -> plain values that say what the sums are of; the same for all batches.
     """
 
     kinds: tuple[str, ...] = ()
+    wants_inputs = False
+    wants_slopes = False
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.model = setting, setting.model
@@ -73,16 +66,17 @@ class Accumulator:
         assert self.setting.routes is not None
         return self.setting.routes
 
-    def forward(self, step: Step) -> None:
-        """Add what is known once the batch went forward."""
+    def forward(self, call: LayerCall, layout: Layout | None) -> None:
+        """Add what is known of a call that has just run."""
 
-    def backward(self, step: Step, gradients: Sequence[Tensor | None], column: list[Tensor]) -> None:
-        """Add what one column of the Fisher brings: the gradient of every call's output, and of the outputs."""
+    def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
+        """Add what one column of the Fisher brings to a call: the gradient of its output, summed over samples."""
 
-    def slopes(self, step: Step, gradients: Mapping[str, Tensor]) -> None:
+    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+        """Add what is left when a column has gone all the way back."""
+
+    def slopes(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the parameters' gradients of the summed loss; only where ``wants_slopes``."""
-
-    wants_slopes = False
 
     @classmethod
     def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
@@ -100,7 +94,7 @@ class Gradient(Accumulator):
 
     wants_slopes = True
 
-    def slopes(self, step: Step, gradients: Mapping[str, Tensor]) -> None:
+    def slopes(self, gradients: Mapping[str, Tensor]) -> None:
         for name, value in gradients.items():
             self.add(name, value)
 
@@ -109,6 +103,7 @@ class Moments(Accumulator):
     """``E[g_n²]`` by parameter name; parameters that nothing depends on have zeros."""
 
     kinds = ("linear", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
+    wants_inputs = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -116,24 +111,25 @@ class Moments(Accumulator):
             if parameter.is_floating_point():
                 self.sums[name] = torch.zeros_like(as_float(parameter.detach()))
 
-    def backward(self, step: Step, gradients: Sequence[Tensor | None], column: list[Tensor]) -> None:
-        routes = self.routes
-        found: list[Part] = []
-        for call, layout, gradient in zip(step.calls, routes.layouts, gradients, strict=True):
-            if gradient is None or layout is None:
-                if gradient is not None and call.weight not in routes.rest:
-                    raise BatchError(f"`{call.weight}` has a gradient in batch {step.number} but had none in a probe.")
-                continue
-            parts = per_sample.parts(call, layout, gradient, self.parameters[call.weight])
-            found += [part for part in parts if part.name not in routes.rest]
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        for name, rows, value in squared_sums(found, shapes):
-            total = self.sums[name]
-            total = total[rows] if total.dim() else total
-            total += value.view(total.shape)
-        if routes.rest:
-            for name, value in squared_sums_by_vmap(self.model, routes.rest, step.inputs, column, step.samples).items():
+        self.pending: list[Part] = []
+
+    def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
+        found = per_sample.parts(call, layout, gradient, self.parameters[call.weight])
+        parts = [part for part in found if part.name not in self.routes.rest]
+        self._add_squares([part for part in parts if self.routes.uses[part.name] == 1])
+        self.pending += [part for part in parts if self.routes.uses[part.name] > 1]
+
+    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+        self._add_squares(self.pending)
+        self.pending = []
+        if self.routes.rest:
+            for name, value in squared_sums_by_vmap(self.model, self.routes.rest, inputs, column, samples).items():
                 self.add(name, value)
+
+    def _add_squares(self, parts: list[Part]) -> None:
+        for name, rows, value in squared_sums(parts, {part.name: self.parameters[part.name].shape for part in parts}):
+            total = self.sums[name][rows] if self.sums[name].dim() else self.sums[name]
+            total += value.view(total.shape)
 
 
 class Kronecker(Accumulator):
@@ -141,28 +137,20 @@ class Kronecker(Accumulator):
 
     kinds = factor_sums.KINDS
 
-    def _calls(self, step: Step) -> list[tuple[int, str, LayerCall]]:
-        layouts = self.routes.layouts
-        return [
-            (place, factor_sums.key(call, self.parameters[call.weight]), call)
-            for place, call in enumerate(step.calls)
-            if call.kind in self.kinds and layouts[place] is not None
-        ]
-
-    def forward(self, step: Step) -> None:
-        for _, key, call in self._calls(step):
+    def forward(self, call: LayerCall, layout: Layout | None) -> None:
+        if call.kind in self.kinds and layout is not None:
             weight = self.parameters[call.weight]
+            key = factor_sums.key(call, weight)
             self.meta.setdefault(key, factor_sums.description(call, weight, self.setting.factor))
             for part, value in factor_sums.input_sums(call, weight, self.setting.factor).items():
                 self.add(f"{part}:{key}", value)
 
-    def backward(self, step: Step, gradients: Sequence[Tensor | None], column: list[Tensor]) -> None:
-        for place, key, call in self._calls(step):
-            gradient = gradients[place]
-            if gradient is not None:
-                self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient, self.parameters[call.weight]))
-                rows = gradient.numel() // gradient.shape[-1 if call.kind == "linear" else 1]
-                self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
+    def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
+        weight = self.parameters[call.weight]
+        key = factor_sums.key(call, weight)
+        self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient, weight))
+        rows = gradient.numel() // gradient.shape[-1 if call.kind == "linear" else 1]
+        self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
 
     @classmethod
     def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Factors]:
@@ -185,21 +173,28 @@ class Ekfac(Accumulator):
     """EKFAC: the second moments of the samples' gradients in the eigenbasis of given factors."""
 
     kinds = factor_sums.KINDS
+    wants_inputs = True
 
-    def backward(self, step: Step, gradients: Sequence[Tensor | None], column: list[Tensor]) -> None:
-        found: list[Part] = []
-        for call, layout, gradient in zip(step.calls, self.routes.layouts, gradients, strict=True):
-            weight = self.parameters[call.weight]
-            key = factor_sums.key(call, weight)
-            if call.kind in self.kinds and gradient is not None and layout is not None and key in self.setting.basis:
-                found.append(factor_sums.rotated_part(call, layout, gradient, weight, key, self.setting.basis[key]))
-        for name, _, value in squared_sums(found, {}):
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.pending: list[Part] = []
+
+    def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
+        weight = self.parameters[call.weight]
+        key = factor_sums.key(call, weight)
+        if key in self.setting.basis:
+            factors = self.setting.basis[key]
+            self.pending.append(factor_sums.rotated_part(call, layout, gradient, weight, key, factors))
+            if self.routes.uses[call.weight] == 1:
+                self._add_squares()
+
+    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+        self._add_squares()
+
+    def _add_squares(self) -> None:
+        for name, _, value in squared_sums(self.pending, {}):
             self.add(name, value)
-
-    @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
-        """Return the moments by weight name."""
-        return {name: value / samples for name, value in sums.items()}
+        self.pending = []
 
 
 class Inputs(Accumulator):
@@ -211,13 +206,12 @@ class Inputs(Accumulator):
         every = {name: 1 for name in self.parameters}
         self.wanted = every if isinstance(graph, nn.Module) else inputs.consumers(graph)
 
-    def forward(self, step: Step) -> None:
-        for call in step.calls:
-            if call.kind in factor_sums.KINDS and call.weight in self.wanted:
-                weight, taps = self.parameters[call.weight], self.wanted[call.weight]
-                key = factor_sums.key(call, weight)
-                self.meta[key] = inputs.describe(call, weight, taps)
-                self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
+    def forward(self, call: LayerCall, layout: Layout | None) -> None:
+        if call.kind in factor_sums.KINDS and call.weight in self.wanted:
+            weight, taps = self.parameters[call.weight], self.wanted[call.weight]
+            key = factor_sums.key(call, weight)
+            self.meta[key] = inputs.describe(call, weight, taps)
+            self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
 
     @classmethod
     def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:

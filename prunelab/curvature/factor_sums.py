@@ -50,7 +50,7 @@ def input_sums(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Tensor
     assert call.output is not None
     if call.kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
-        return {"A": (rows.mT @ rows)[None], "mean": rows.sum(0)[None], "positions": _number(len(rows))}
+        return {"A": gram(rows)[None], "mean": rows.sum(0)[None], "positions": _number(len(rows))}
     places = call.output.shape[2:]
     count = len(x) * math.prod(places)
     if call.kind == "conv" and factor == "full" and math.prod(kernel) > 1:
@@ -69,12 +69,26 @@ def gradient_sums(call: LayerCall, gradient: Tensor, weight: Tensor) -> Tensor:
     g = as_float(gradient)
     if call.kind == "linear":
         rows = g.reshape(-1, g.shape[-1])
-        return (rows.mT @ rows)[None]
+        return gram(rows)[None]
     if call.kind == "conv":
         return _over_pixels(g, call.groups, None)[0]
     kernel = weight.shape[2:]
     seen = coverage(call, kernel, g.shape[2:], call.input.shape[2:])
     return _over_pixels(g, call.groups, seen)[0] / math.prod(kernel)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return ``Σ r rᵀ`` over the rows ``[count, n]``: the blocks above the diagonal, and their mirror images."""
+    width = rows.shape[1]
+    step = 64 if rows.device.type == "cpu" else 512
+    if width < 2 * step:
+        return rows.mT @ rows
+    total = rows.new_empty(width, width)
+    for start in range(0, width, step):
+        stop = min(width, start + step)
+        block = rows[:, start:stop].mT @ rows[:, start:]
+        total[start:stop, start:], total[start:, start:stop] = block, block.mT
+    return total
 
 
 def _over_pixels(images: Tensor, groups: int, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -88,6 +102,11 @@ def _over_pixels(images: Tensor, groups: int, seen: Tensor | None) -> tuple[Tens
             if len(used) < seen.shape[dim]:
                 seen, images = seen.index_select(dim, used), images.index_select(dim + 2, used.to(images.device))
         root = None if bool((seen == 1).all()) else seen.to(images).sqrt()
+    if groups == 1 and images[0, 0].numel() <= 4 * width:  # long rows: one large product instead of one per image
+        x = images if root is None else images * root
+        rows = x.movedim(1, -1).reshape(-1, width)
+        weights = None if root is None else root.flatten().repeat(len(images))
+        return gram(rows)[None], (rows.sum(0) if weights is None else weights @ rows)[None]
     for n in ranges(len(images), images[0].numel(), images.device):
         x = images[n] if root is None else images[n] * root
         flat = x.flatten(2).unflatten(1, (groups, width))

@@ -10,8 +10,10 @@ Flows in: a model and inputs.  Flows out: one ``Layout`` per layer call, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,32 +55,38 @@ class Routes:
     """How the gradients of single samples are found.
 
     Attributes:
-        calls: what is called, in order: the weight and the kind.
+        calls: what is called, in order: the weight, the bias and the kind.
         layouts: of every call; ``None`` where rows do not belong to single samples.
         rest: parameters that are used in any other way than by calls with a layout.
     """
 
-    calls: tuple[tuple[str, str], ...]
+    calls: tuple[tuple[str, str | None, str], ...]
     layouts: tuple[Layout | None, ...]
     rest: frozenset[str]
 
-    def check(self, calls: Sequence[LayerCall], samples: int, number: int) -> None:
-        """Check that a batch went the way of the probe.
+    @cached_property
+    def uses(self) -> Counter[str]:
+        """How many calls use a parameter."""
+        return Counter(name for weight, bias, _ in self.calls for name in (weight, bias) if name is not None)
+
+    def layout(self, place: int, call: LayerCall, samples: int) -> Layout | None:
+        """Return the layout of a call by its place in the order, if it is what the probe saw there.
 
         Raises:
-            BatchError: it called other layers, or with rows that do not fit.
+            BatchError: the probe saw another layer, or these rows do not fit.
         """
-        if tuple((call.weight, call.kind) for call in calls) != self.calls:
+        if place >= len(self.calls) or self.calls[place] != _identity(call):
             raise BatchError(
-                f"Batch {number} went through other layers than a probe of {PROBES} samples: a model whose path "
+                f"`{call.weight}` is called where a probe of {PROBES} samples went elsewhere: a model whose path "
                 "depends on its data has no statistics here."
             )
-        for call, layout in zip(calls, self.layouts, strict=True):
-            if layout is not None and call.output is not None and layout.samples(call.output) != samples:
-                raise BatchError(
-                    f"`{call.weight}` gave {list(call.output.shape)} for the {samples} samples of batch {number}: "
-                    f"dimension {layout.dim} is no multiple of {layout.before * layout.after}."
-                )
+        layout = self.layouts[place]
+        if layout is not None and call.output is not None and layout.samples(call.output) != samples:
+            raise BatchError(
+                f"`{call.weight}` gave {list(call.output.shape)} for {samples} samples: dimension {layout.dim} is no "
+                f"multiple of {layout.before * layout.after}."
+            )
+        return layout
 
 
 def leaves(outputs: Any, samples: int) -> list[Tensor]:
@@ -128,7 +136,11 @@ def routes(model: nn.Module, inputs: Any) -> Routes:
     for call, layout, gradient in zip(taps.calls, layouts, found, strict=False):
         if layout is None and gradient is not None:
             rest |= {name for name in (call.weight, call.bias) if name is not None}
-    return Routes(tuple((call.weight, call.kind) for call in taps.calls), layouts, frozenset(rest))
+    return Routes(tuple(_identity(call) for call in taps.calls), layouts, frozenset(rest))
+
+
+def _identity(call: LayerCall) -> tuple[str, str | None, str]:
+    return call.weight, call.bias, call.kind
 
 
 def _layout(call: LayerCall, gradient: Tensor | None) -> Layout | None:

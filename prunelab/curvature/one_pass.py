@@ -5,20 +5,23 @@ Flows in: a model, batches and accumulators.  Flows out: ``Statistics``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from prunelab.batches import Batches, Loss, call, checked
-from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting, Step
+from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting
 from prunelab.curvature.affine import AffineTaps
 from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.layout import Routes, routes
+from prunelab.curvature.layout import Layout, Routes, routes
 from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
 from prunelab.errors import BatchError
 from prunelab.trace import DependencyGraph
@@ -49,12 +52,17 @@ def one_pass(
                 ways = _routes(model, inputs) if backward else None
                 setting = Setting(graph, model, ways, factor, basis)
                 accumulators = [ACCUMULATORS[name](setting) for name in sorted(what)]
-            step, outputs = _forward(model, accumulators, number, inputs, len(targets))
-            if ways is not None:
-                ways.check(step.calls, step.samples, number)
-            if number == 0:
-                check_mean(outputs, targets, loss)
-            _backward(model, accumulators, step, outputs, targets, loss, fisher, seed, first + seen)
+            tape = _Tape(model, accumulators, ways, len(targets))
+            try:
+                outputs = tape.forward(inputs)
+                if number == 0:
+                    check_mean(outputs, targets, loss)
+                tape.backward(inputs, outputs, targets, loss, fisher, seed, first + seen)
+            finally:
+                tape.clear()
+            sums = [value for accumulator in accumulators for value in accumulator.sums.values()]
+            if not all(bool(value.isfinite().all()) for value in [*sums, *floating(outputs)]):
+                raise _not_finite(model, inputs, targets, loss, number)
             seen += len(targets)
     return Statistics(
         seen,
@@ -68,72 +76,102 @@ def one_pass(
     )
 
 
-def _forward(
-    model: nn.Module, accumulators: list[Accumulator], number: int, inputs: Any, samples: int
-) -> tuple[Step, Any]:
-    cut = not any(accumulator.wants_slopes for accumulator in accumulators)
-    with torch.enable_grad(), AffineTaps(model, cut=cut) as taps:
-        outputs = call(model, inputs)
-    step = Step(number, inputs, samples, taps.calls)
-    if not all(bool(leaf.detach().isfinite().all()) for leaf in floating(outputs)):
-        raise _not_finite(step, [])
-    with torch.no_grad():
-        for accumulator in accumulators:
-            accumulator.forward(step)
-    return step, outputs
+class _Tape:
+    """One batch: what its calls leave behind for the way back.
 
+    Gradients of outputs are taken as they pass and forgotten: kept until the end, they would take as much memory as all
+    activations, and the time to get it.  They are taken by a hook on the output of every call.  A hook only fires where
+    autograd has a reason to pass, so autograd is asked for the gradients of the first layers.
+    """
 
-def _backward(
-    model: nn.Module,
-    accumulators: list[Accumulator],
-    step: Step,
-    outputs: Any,
-    targets: Tensor,
-    loss: Loss,
-    fisher: str,
-    seed: int,
-    first: int,
-) -> None:
-    """Send every column of the Fisher back once, and the slope of the loss if it is none of them."""
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    sloping = [accumulator for accumulator in accumulators if accumulator.wants_slopes]
-    squaring = [accumulator for accumulator in accumulators if accumulator.kinds]
-    kinds = {kind for accumulator in squaring for kind in accumulator.kinds}
-    places = [place for place, seen in enumerate(step.calls) if seen.kind in kinds and seen.edge is not None]
-    edges = [step.calls[place].edge for place in places]
+    def __init__(self, model: nn.Module, accumulators: list[Accumulator], ways: Routes | None, samples: int) -> None:
+        self.model, self.ways, self.samples = model, ways, samples
+        self.accumulators = accumulators
+        self.squaring = [accumulator for accumulator in accumulators if accumulator.kinds]
+        self.sloping = [accumulator for accumulator in accumulators if accumulator.wants_slopes]
+        self.count = 0
+        self.calls: dict[int, tuple[LayerCall, Layout]] = {}
+        self.ends: dict[int, GradientEdge] = {}
+        self.listening, self.last = False, True
 
-    def pull(column: list[Tensor], ends: list[Any], keep: bool) -> list[Tensor | None]:
-        pairs = [(leaf, back) for leaf, back in zip(floating(outputs), column, strict=True) if leaf.requires_grad]
-        if not pairs or not ends:
-            return [None] * len(ends)
-        leaves, backs = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(leaves, ends, backs, retain_graph=keep, allow_unused=True))
+    def forward(self, inputs: Any) -> Any:
+        with torch.enable_grad(), AffineTaps(self.model, after=self._ran, keep=False, cut=not self.sloping):
+            return call(self.model, inputs)
 
-    def add_slopes(found: list[Tensor | None]) -> None:
-        slopes = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
-        for accumulator in sloping:
-            accumulator.slopes(step, slopes)
-
-    together = sloping and squaring and fisher == "empirical"
-    if sloping and not together:
-        (slope,) = columns(outputs, targets, loss, "empirical", seed, first)
-        add_slopes(pull(slope, list(parameters.values()), bool(squaring)))
-    gradients: list[Tensor | None] = []
-    for column, last in _with_last(columns(outputs, targets, loss, fisher, seed, first) if squaring else ()):
-        found = pull(column, [*edges, *parameters.values()] if together else list(edges), not last)
-        gradients = [None] * len(step.calls)
-        for place, gradient in zip(places, found, strict=False):
-            gradients[place] = gradient
-        if together:
-            add_slopes(found[len(edges) :])
+    def _ran(self, call: LayerCall) -> None:
+        place, self.count = self.count, self.count + 1
+        layout = None if self.ways is None else self.ways.layout(place, call, self.samples)
         with torch.no_grad():
-            for accumulator in squaring:
-                accumulator.backward(step, gradients, column)
-        if not all(bool(value.isfinite().all()) for value in column):
-            raise _not_finite(step, gradients)
-    for accumulator in accumulators:
-        if not all(bool(value.isfinite().all()) for value in accumulator.sums.values()):
-            raise _not_finite(step, gradients)
+            for accumulator in self.accumulators:
+                accumulator.forward(call, layout)
+        takers = [accumulator for accumulator in self.squaring if call.kind in accumulator.kinds]
+        if call.edge is None or layout is None or not takers:
+            return
+        assert call.output is not None
+        if call.input.requires_grad and call.kind != "broadcast":
+            call.output.register_hook(partial(self._arrived, place))
+        else:
+            self.ends[place] = call.edge
+        call.output = call.edge = None  # autograd keeps what it needs; a way from here to its hooks would be a circle
+        if not any(accumulator.wants_inputs for accumulator in takers):
+            call.input, call.plain = torch.empty_like(call.input, device="meta"), None
+        self.calls[place] = call, layout
+
+    def _arrived(self, place: int, gradient: Tensor) -> None:
+        if not self.listening:
+            return
+        call, layout = self.calls[place]
+        with torch.no_grad():
+            for accumulator in self.squaring:
+                if call.kind in accumulator.kinds:
+                    accumulator.backward(call, layout, gradient)
+        if self.last:
+            del self.calls[place]
+
+    def backward(
+        self, inputs: Any, outputs: Any, targets: Tensor, loss: Loss, fisher: str, seed: int, first: int
+    ) -> None:
+        """Send every column of the Fisher back once, and the slope of the loss if it is none of them."""
+        parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        leaves = floating(outputs)
+        together = bool(self.sloping and self.squaring and fisher == "empirical")
+        if self.sloping and not together:
+            (slope,) = columns(outputs, targets, loss, "empirical", seed, first)
+            self._slopes(parameters, _pull(leaves, slope, list(parameters.values()), bool(self.squaring)))
+        rest = [] if self.ways is None else [parameters[name] for name in self.ways.rest]
+        ends = [*self.ends.values(), *(parameters.values() if together else rest)]
+        if not self.squaring:
+            return
+        self.listening = True
+        for column, last in _with_last(columns(outputs, targets, loss, fisher, seed, first)):
+            self.last = last
+            found = _pull(leaves, column, ends, not last)
+            for place, gradient in zip(self.ends, found, strict=False):
+                if gradient is not None:
+                    self._arrived(place, gradient)
+            if together:
+                self._slopes(parameters, found[len(self.ends) :])
+            with torch.no_grad():
+                for accumulator in self.squaring:
+                    accumulator.finish(inputs, column, self.samples)
+
+    def _slopes(self, parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> None:
+        slopes = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
+        for accumulator in self.sloping:
+            accumulator.slopes(slopes)
+
+    def clear(self) -> None:
+        """Forget all calls; their inputs lead back to hooks that lead here."""
+        self.calls, self.ends = {}, {}
+
+
+def _pull(leaves: list[Tensor], column: list[Tensor], ends: list[Any], keep: bool) -> list[Tensor | None]:
+    """Return the gradients at some ends of a column that is sent back from the outputs."""
+    pairs = [(leaf, back) for leaf, back in zip(leaves, column, strict=True) if leaf.requires_grad]
+    if not pairs or not ends:
+        return [None] * len(ends)
+    roots, backs = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, ends, backs, retain_graph=keep, allow_unused=True))
 
 
 @contextmanager
@@ -167,23 +205,26 @@ def _routes(model: nn.Module, inputs: Any) -> Routes:
     return routes(model, inputs)
 
 
-def _not_finite(step: Step, gradients: list[Tensor | None]) -> BatchError:
-    """Return the error that names the first layer with a number that is not finite."""
-    for seen in step.calls:
+def _not_finite(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, number: int) -> BatchError:
+    """Return the error that names the first layer with a number that is not finite: go through the batch once more."""
+    with torch.enable_grad(), AffineTaps(model, cut=True) as taps:
+        outputs = call(model, inputs)
+    for seen in taps.calls:
         for value, what in ((seen.input, "input"), (seen.output, "output")):
             if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
                 return BatchError(
-                    f"The {what} of the layer of `{seen.weight}` is not finite in batch {step.number}: check the "
-                    "batch's inputs and the weights up to there."
+                    f"The {what} of the layer of `{seen.weight}` is not finite in batch {number}: check the batch's "
+                    "inputs and the weights up to there."
                 )
-    for seen, gradient in reversed(list(zip(step.calls, gradients, strict=False))):
+    (slope,) = columns(outputs, targets, loss, "empirical", 0, 0)
+    ends = [(seen.weight, seen.edge) for seen in reversed(taps.calls) if seen.edge is not None]
+    found = _pull(floating(outputs), slope, [edge for _, edge in ends], False)
+    for (name, _), gradient in zip(ends, found, strict=True):
         if gradient is not None and not bool(gradient.isfinite().all()):
-            return BatchError(
-                f"The gradient at the output of the layer of `{seen.weight}` is not finite in batch {step.number}."
-            )
+            return BatchError(f"The gradient at the output of the layer of `{name}` is not finite in batch {number}.")
     return BatchError(
-        f"The outputs, the loss or the squares of its gradients are not finite in batch {step.number}: check its "
-        "targets, and whether the model's precision holds them."
+        f"The outputs, the loss or the squares of its gradients are not finite in batch {number}: check its targets, "
+        "and whether the model's precision holds them."
     )
 
 

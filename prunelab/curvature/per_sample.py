@@ -110,10 +110,11 @@ def as_float(tensor: Tensor) -> Tensor:
 def _times_plain(call: LayerCall, layout: Layout, gradients: Tensor) -> Callable[[slice], Tensor]:
     """Return a function: range of samples -> g · x̂; x̂ is computed when it is first needed."""
     kept: list[Tensor] = []
+    plain = call.plain
 
     def product(n: slice) -> Tensor:
         if not kept:
-            kept.append(layout.by_sample(call.plain()))
+            kept.append(layout.by_sample(plain()))
         return as_float(gradients[n]) * as_float(kept[0][n])
 
     return product
