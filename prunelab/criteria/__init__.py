@@ -8,6 +8,7 @@ from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.bn_scale import BNScale
 from prunelab.criteria.eigendamage import EigenDamage, EigenScores
 from prunelab.criteria.fpgm import FPGM
+from prunelab.criteria.gate import Gate
 from prunelab.criteria.kron import COBD, COBS, KronOBD, KronOBS
 from prunelab.criteria.magnitude import Magnitude
 from prunelab.criteria.oracle import Oracle
@@ -26,6 +27,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "kron_obd": KronOBD,
     "kron_obs": KronOBS,
     "eigendamage": EigenDamage,
+    "gate": Gate,
     "oracle": Oracle,
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Criterion",
     "EigenDamage",
     "EigenScores",
+    "Gate",
     "KronOBD",
     "KronOBS",
     "Magnitude",

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
+from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
 from prunelab.fakes import forget
 from prunelab.groups import Group
@@ -92,6 +93,7 @@ def loss_changes(
     for name, chosen in units.items():
         if name not in groups or not all(0 <= unit < groups[name].size for unit in chosen):
             raise PlanError(f"Cannot silence units {list(chosen)} of group `{name}`: the model has no such units.")
+    batches = batches.batches if isinstance(batches, Statistics) else batches
     model = forget(copy.deepcopy(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
