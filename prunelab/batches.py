@@ -6,6 +6,7 @@ Flows in: any iterable of ``(inputs, targets)``.  Flows out: the same pairs on t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter; the CPU for a model without any."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while; every module then gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

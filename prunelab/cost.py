@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab import fakes
 from prunelab.axes import size_with
-from prunelab.batches import call
-from prunelab.errors import BatchError
+from prunelab.batches import call, eval_mode
+from prunelab.errors import BatchError, PruneLabError
 from prunelab.trace import DependencyGraph
 
 
@@ -105,9 +104,13 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
     Raises:
         BatchError: the model cannot take the inputs.
     """
-    training = model.training
-    model.eval()
     try:
+        from torch.utils.benchmark import Timer  # here, since it looks for a compiler and, in older PyTorch, setuptools
+    except ImportError as error:
+        raise PruneLabError(
+            f"PyTorch's timer needs a package that is missing: {error}. Install it, then measure."
+        ) from error
+    with eval_mode(model):
         call(model, example_inputs)
         timer = Timer(
             "call(model, inputs)",
@@ -115,8 +118,6 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
             num_threads=torch.get_num_threads(),
         )
         measured = timer.blocked_autorange(min_run_time=seconds)
-    finally:
-        model.train(training)
     return Latency(median=measured.median, spread=measured.iqr)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab import data, zoo
+from prunelab.batches import eval_mode
 from prunelab.errors import DataError
 
 
@@ -79,17 +80,14 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
         DataError: there is no batch.
     """
     device = next(model.parameters()).device
-    training, seen, loss, correct = model.training, 0, 0.0, 0
-    model.eval()
-    try:
+    seen, loss, correct = 0, 0.0, 0
+    with eval_mode(model):
         for inputs, targets in batches:
             targets = targets.to(device)
             logits = model(inputs.to(device))
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += int((logits.argmax(1) == targets).sum())
             seen += len(targets)
-    finally:
-        model.train(training)
     if not seen:
         raise DataError("There is nothing to evaluate on: the loader gave no batch.")
     return {"loss": loss / seen, "accuracy": correct / seen}

@@ -32,7 +32,7 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    training, seen = model.training, 0
+    seen, modes = 0, [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for parameter in parameters.values():
@@ -49,7 +49,8 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
                 total[name] += gradient * len(targets)
             seen += len(targets)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
     return {name: value / seen for name, value in total.items()}
