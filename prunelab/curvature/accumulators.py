@@ -127,7 +127,7 @@ class Moments(Accumulator):
                 self.add(name, value)
 
     def _add_squares(self, parts: list[Part]) -> None:
-        for name, rows, value in squared_sums(parts, {part.name: self.parameters[part.name].shape for part in parts}):
+        for name, rows, value in squared_sums(parts):
             total = self.sums[name][rows] if self.sums[name].dim() else self.sums[name]
             total += value.view(total.shape)
 
@@ -192,7 +192,7 @@ class Ekfac(Accumulator):
         self._add_squares()
 
     def _add_squares(self) -> None:
-        for name, _, value in squared_sums(self.pending, {}):
+        for name, _, value in squared_sums(self.pending):
             self.add(name, value)
         self.pending = []
 

@@ -98,7 +98,7 @@ def _over_pixels(images: Tensor, groups: int, seen: Tensor | None) -> tuple[Tens
     root: Tensor | None = None
     if seen is not None:
         for dim in range(seen.dim()):  # pixels between the strides of a small kernel are never seen
-            used = seen.movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+            used = seen.movedim(dim, 0).reshape(seen.shape[dim], -1).any(1).nonzero().flatten()
             if len(used) < seen.shape[dim]:
                 seen, images = seen.index_select(dim, used), images.index_select(dim + 2, used.to(images.device))
         root = None if bool((seen == 1).all()) else seen.to(images).sqrt()

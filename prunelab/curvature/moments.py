@@ -24,14 +24,10 @@ CHUNK = {"cpu": 2**19}
 """How many numbers a chunk may hold, by device: on a CPU what its caches hold."""
 
 
-def squared_sums(parts: Iterable[Part], shapes: dict[str, torch.Size]) -> Iterator[tuple[str, slice, Tensor]]:
+def squared_sums(parts: Iterable[Part]) -> Iterator[tuple[str, slice, Tensor]]:
     """Yield ``Σ_n (Σ_calls g_n)²`` as (name, rows, ``[*rows of the parameter]``).
 
     Gradients of several calls of one parameter add up before they are squared.
-
-    Args:
-        parts: of all calls.
-        shapes: of the parameters.
     """
     by_name: dict[str, list[Part]] = {}
     for part in parts:
@@ -43,7 +39,7 @@ def squared_sums(parts: Iterable[Part], shapes: dict[str, torch.Size]) -> Iterat
             if len(together) == 1 and together[0].squares is not None:
                 yield name, rows, together[0].squares()
             else:
-                yield name, rows, _chunked(rows, together, shapes[name])
+                yield name, rows, _chunked(rows, together)
 
 
 def _overlapping(parts: list[Part]) -> Iterator[list[Part]]:
@@ -57,12 +53,12 @@ def _overlapping(parts: list[Part]) -> Iterator[list[Part]]:
     yield together
 
 
-def _chunked(rows: slice, parts: list[Part], shape: torch.Size) -> Tensor:
+def _chunked(rows: slice, parts: list[Part]) -> Tensor:
     total = torch.zeros(())
     for n in ranges(parts[0].samples, sum(part.size for part in parts), parts[0].device):
         gradients = parts[0].gradients(n)
         if len(parts) > 1:
-            whole = gradients.new_zeros(len(gradients), rows.stop - rows.start, *shape[1:])
+            whole = gradients.new_zeros(len(gradients), rows.stop - rows.start, *gradients.shape[2:])
             for place, part in enumerate(parts):
                 found = gradients if place == 0 else part.gradients(n)
                 whole[:, part.rows.start - rows.start : part.rows.stop - rows.start] += found
