@@ -1,0 +1,211 @@
+"""Exact: dense Hessian, Gauss-Newton matrix and Fishers of tiny networks, by plain autograd, to test all else against.
+
+Nothing here is clever, and nothing is shared with the fast ways: a matrix is built row by row from its definition, over
+all samples one batch at a time.  Parameters are flattened row by row and joined in the order of their names as given.
+
+Flows in: a tiny model and batches.  Flows out: ``[n, n]`` matrices.  Notebooks 04_obd, 05_obs and 07_kfac use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from prunelab.batches import Batches, Loss, call, checked, mean_loss
+from prunelab.curvature.fisher import sampled_labels
+from prunelab.curvature.one_pass import evaluating
+from prunelab.errors import BatchError, BudgetError, PruneLabError
+
+LIMIT = 5000
+"""Parameters; a matrix of that size has 25 million entries."""
+
+FISHERS = ("empirical", "mc", "exact")
+
+Names = Sequence[str] | None
+
+
+def hessian(
+    model: nn.Module,
+    batches: Batches | None,
+    loss: Loss = F.cross_entropy,
+    names: Names = None,
+    *,
+    max_parameters: int = LIMIT,
+) -> Tensor:
+    """Return the Hessian of the mean loss over all samples, ``H = E[∂²ℓ_n/∂θ²]``, in eval mode.
+
+    Cost: one double backward pass per parameter, for every batch.
+
+    Args:
+        model: the network; left as it was.
+        batches: pairs ``(inputs, targets)``.
+        loss: ``loss(outputs, targets)``, a mean over the samples.
+        names: of the parameters, in this order; all by default.
+        max_parameters: refuse more than so many.
+
+    Returns:
+        ``[n, n]``, symmetric, on the model's device.
+
+    Raises:
+        PruneLabError: a name is no parameter of the model.
+        BudgetError: there are more than ``max_parameters``.
+        BatchError: the batches do not fit the model, or the matrix is not finite.
+
+    >>> hessian(nn.Linear(1, 1), [(torch.tensor([[2.0]]), torch.zeros(1, 1))], F.mse_loss)
+    tensor([[8., 4.],
+            [4., 2.]])
+    """
+
+    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
+        value = mean_loss(model, inputs, targets, loss)
+        return jacobian(
+            flat(torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)), parameters
+        )
+
+    return _mean(model, batches, names, max_parameters, rows)
+
+
+def ggn(
+    model: nn.Module,
+    batches: Batches | None,
+    loss: Loss = F.cross_entropy,
+    names: Names = None,
+    *,
+    max_parameters: int = LIMIT,
+) -> Tensor:
+    """Return the generalised Gauss-Newton matrix ``E[J_nᵀ Λ_n J_n]``; see ``hessian``.
+
+    J_n is the Jacobian of one sample's outputs, Λ_n the Hessian of its loss in them.  Cost: one backward pass per
+    sample and output.
+    """
+
+    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
+        total: Tensor | int = 0
+        for x, y in samples(inputs, targets):
+            outputs = call(model, x)
+            if not isinstance(outputs, Tensor):
+                raise BatchError(f"The Gauss-Newton matrix needs one tensor as output, not {type(outputs).__name__}.")
+            leaf = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(loss(leaf, y), leaf, create_graph=True)
+            bend = jacobian(slope.flatten(), [leaf])
+            jacobian_n = jacobian(outputs.flatten(), parameters)
+            total = total + jacobian_n.T @ bend @ jacobian_n
+        return torch.as_tensor(total) / len(targets)
+
+    return _mean(model, batches, names, max_parameters, rows)
+
+
+def fisher(
+    model: nn.Module,
+    batches: Batches | None,
+    loss: Loss = F.cross_entropy,
+    names: Names = None,
+    *,
+    kind: str = "exact",
+    seed: int = 0,
+    max_parameters: int = LIMIT,
+) -> Tensor:
+    """Return a Fisher matrix, ``E[g_n g_nᵀ]`` with g_n the gradient of one sample's loss; see ``hessian``.
+
+    Cost: one backward pass per sample, times the number of classes for ``kind="exact"``.
+
+    Args:
+        model: the network; left as it was.
+        batches: pairs ``(inputs, labels)``.
+        loss: the negative log-likelihood of labels, a mean over the samples.
+        names: of the parameters, in this order; all by default.
+        kind: the labels: ``"empirical"`` as given, ``"mc"`` drawn from the softmax of the outputs, ``"exact"`` all of
+            them, weighted by the softmax.
+        seed: of the drawn labels, which are those of ``collect(…, fisher="mc", seed=seed)``.
+        max_parameters: refuse more than so many.
+
+    Raises:
+        BudgetError: there is no such kind, or there are more than ``max_parameters``.
+        BatchError: the batches do not fit the model, or the targets are no labels where labels are drawn.
+    """
+    if kind not in FISHERS:
+        raise BudgetError(f"kind={kind!r} is not one of {', '.join(FISHERS)}.")
+    seen = 0
+
+    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
+        nonlocal seen
+        total: Tensor | int = 0
+        for x, y in samples(inputs, targets):
+            outputs = call(model, x)
+            labels, weights = [y], [1.0]
+            if kind == "mc":
+                labels = [sampled_labels(outputs, y, seed, seen)]
+            elif kind == "exact":
+                if outputs.dim() != 2 or y.is_floating_point():
+                    raise BatchError(f'kind="exact" needs outputs [B, classes] and labels, not {list(outputs.shape)}.')
+                weights = outputs.detach().softmax(1)[0].tolist()
+                labels = [torch.full_like(y, label) for label in range(len(weights))]
+            for label, weight in zip(labels, weights, strict=True):
+                value = loss(outputs, label)
+                g = flat(torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True))
+                total = total + weight * g[:, None] * g
+            seen += 1
+        return torch.as_tensor(total) / len(targets)
+
+    return _mean(model, batches, names, max_parameters, rows)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all entries of some tensors, one after the other, ``[n]``."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return ``[values, n]``: the derivative of every value in all entries of some tensors."""
+    number = sum(parameter.numel() for parameter in parameters)
+    rows = values.new_zeros(len(values), number)
+    for row, value in zip(rows, values, strict=True):
+        if value.requires_grad:
+            row += flat(torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True))
+    return rows
+
+
+def samples(inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the samples of a batch, each a batch of one."""
+    for place in range(len(targets)):
+        yield tree_map(
+            lambda leaf, n=place: leaf[n : n + 1] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+            (inputs, targets),
+        )
+
+
+def _mean(
+    model: nn.Module,
+    batches: Batches | None,
+    names: Names,
+    limit: int,
+    rows: Callable[[list[Tensor], Any, Tensor], Tensor],
+) -> Tensor:
+    """Return the mean over samples of a matrix that ``rows`` gives for each batch."""
+    named = dict(model.named_parameters())
+    chosen = list(named) if names is None else list(names)
+    for name in chosen:
+        if name not in named:
+            raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}.")
+    number = sum(named[name].numel() for name in chosen)
+    if number > limit:
+        raise BudgetError(
+            f"A dense matrix over {number} parameters has {number**2} entries; {limit} parameters are the limit. "
+            "Name fewer with names=, raise max_parameters=, or use products (prunelab.curvature.hvp)."
+        )
+    total: Tensor | int = 0
+    seen = 0
+    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch, (inputs, targets) in enumerate(checked(model, batches, "an exact matrix")):
+            matrix = rows([named[name] for name in chosen], inputs, targets).detach()
+            if not bool(matrix.isfinite().all()):
+                raise BatchError(f"The matrix is not finite in batch {batch}: check its inputs.")
+            total = total + matrix * len(targets)
+            seen += len(targets)
+    return torch.as_tensor(total) / seen

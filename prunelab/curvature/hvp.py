@@ -1,0 +1,281 @@
+"""Products of curvature matrices with vectors, exact and without the matrices.
+
+The Hessian of the mean loss splits into two parts, by the chain rule through the outputs f:
+
+    H = E[J_nᵀ Λ_n J_n] + Σ_k E[r_nk ∂²f_nk/∂θ²],   r = ∂ℓ/∂f,  Λ = ∂²ℓ/∂f²,  J = ∂f/∂θ,
+
+the Gauss-Newton part (what the loss bends) and the functional part (what the network bends).  A Hessian product is the
+derivative of g·v; for a Gauss-Newton product, Jv is the derivative of (Jᵀu)·v in u.
+
+Flows in: a model, batches and directions.  Flows out: products by parameter name.  Notebook 09_oba derives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from prunelab.batches import Batches, Loss, call, checked
+from prunelab.curvature.fisher import check_mean
+from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.twice import twice_differentiable
+from prunelab.errors import BatchError, BudgetError, PruneLabError
+
+PARTS = ("exact", "functional", "gauss_newton")
+"""H, and the two parts that it is the sum of."""
+
+Vectors = Mapping[str, Tensor]
+Multiply = Callable[[list[Tensor], bool], list[Tensor]]
+"""A product with one direction, given as a tensor like each parameter; and whether it is the last one."""
+
+
+def hessian_product(
+    model: nn.Module, batches: Batches | None, vectors: Vectors, loss: Loss = F.cross_entropy, *, chunk: int = 1
+) -> dict[str, Tensor]:
+    """Return ``Hv``, H the Hessian of the mean loss over all samples, in eval mode.
+
+    Cost: one forward and one double backward pass over the data, about 3.5 forward and backward passes; every further
+    direction about two thirds of that.  Each batch goes through in halves, so that memory stays below twice that of
+    training on it.
+
+    Args:
+        model: the network; left as it was.
+        batches: pairs ``(inputs, targets [B, …])``.
+        vectors: parameter name -> direction, a tensor like the parameter, or ``[K, *shape]`` for K directions at once.
+            Parameters that are not named are held fixed: H is the block of the named ones.
+        loss: ``loss(outputs, targets)``, a mean over the samples.
+        chunk: with K directions, how many go through one vectorised backward pass.  More memory, fewer calls: for
+            small networks, or a GPU.  Where vectorising fails they go one by one.
+
+    Returns:
+        The product, by the same names and in the same shapes as ``vectors``.
+
+    Raises:
+        PruneLabError: a name is no parameter, or a vector does not have its shape.
+        BatchError: the batches do not fit the model, the loss is no mean, or a product is not finite.
+
+    Source: Pearlmutter 1994, *Fast Exact Multiplication by the Hessian*, by double backward.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> batch = [(torch.eye(2), torch.zeros(2, 1))]
+    >>> hessian_product(model, batch, {"weight": torch.tensor([[1.0, 2.0]])}, F.mse_loss)["weight"]
+    tensor([[1., 2.]])
+    """
+    return product(model, batches, vectors, loss, part="exact", chunk=chunk)
+
+
+def ggn_product(
+    model: nn.Module, batches: Batches | None, vectors: Vectors, loss: Loss = F.cross_entropy, *, chunk: int = 1
+) -> dict[str, Tensor]:
+    """Return ``Gv``, G = E[J_nᵀ Λ_n J_n] the generalised Gauss-Newton matrix; see ``hessian_product``.
+
+    Source: Schraudolph 2002, *Fast Curvature Matrix-Vector Products*, section 3.
+    """
+    return product(model, batches, vectors, loss, part="gauss_newton", chunk=chunk)
+
+
+def functional_product(
+    model: nn.Module, batches: Batches | None, vectors: Vectors, loss: Loss = F.cross_entropy, *, chunk: int = 1
+) -> dict[str, Tensor]:
+    """Return ``(H − G)v``, the curvature of the network weighted by the slope of the loss; see ``hessian_product``.
+
+    It is computed as the Hessian of ``E[r_n · f_n(θ)]`` with the slopes r held fixed, so nothing cancels.
+    """
+    return product(model, batches, vectors, loss, part="functional", chunk=chunk)
+
+
+def product(
+    model: nn.Module,
+    batches: Batches | None,
+    vectors: Vectors,
+    loss: Loss = F.cross_entropy,
+    *,
+    part: str = "exact",
+    chunk: int = 1,
+) -> dict[str, Tensor]:
+    """Return the product with one of ``PARTS``; see ``hessian_product``.
+
+    Raises:
+        BudgetError: there is no such part, or ``chunk`` is no positive number.
+    """
+    check_part(part)
+    if not isinstance(chunk, int) or chunk < 1:
+        raise BudgetError(f"chunk={chunk!r} is no positive whole number.")
+    directions, batched = _directions(model, vectors)
+    total = [torch.zeros_like(value) for value in directions]
+    seen = 0
+    with evaluating(model):
+        named = dict(model.named_parameters())
+        parameters: list[Tensor] = [named[name] for name in vectors]
+        for parameter in named.values():
+            parameter.requires_grad_(any(parameter is chosen for chosen in parameters))
+        for number, inputs, targets in pieces(model, batches, "a curvature product"):
+            with torch.enable_grad():
+                with twice_differentiable():
+                    outputs = call(model, inputs)
+                multiply = _multiplier(outputs, targets, loss, part, parameters, check=not seen)
+                del outputs  # what the multiplier does not need goes
+            for place, found in _each_direction(multiply, directions, chunk):
+                for sums, value in zip(total, found, strict=True):
+                    sums[place] += value.detach()
+            seen += len(targets)
+            check_finite(vectors, total, number)
+    return {
+        name: value.div_(seen) if batched else value[0].div_(seen) for name, value in zip(vectors, total, strict=True)
+    }
+
+
+def check_part(part: str) -> None:
+    """Check the name of a part.
+
+    Raises:
+        BudgetError: there is no such part.
+    """
+    if part not in PARTS:
+        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
+
+
+def check_finite(names: Any, values: list[Tensor], number: int) -> None:
+    """Check sums over the batches up to this one.
+
+    Raises:
+        BatchError: one is not finite.
+    """
+    for name, value in zip(names, values, strict=True):
+        if not bool(value.isfinite().all()):
+            raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
+
+
+def pieces(model: nn.Module, batches: Batches | None, what: str) -> Iterator[tuple[int, Any, Tensor]]:
+    """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
+
+    Raises:
+        BatchError: the batches do not fit the model.
+    """
+    for number, (inputs, targets) in enumerate(checked(model, batches, what)):
+        middle = (len(targets) + 1) // 2
+        for part in (slice(0, middle), slice(middle, None)):
+            if part.start == 0 or len(targets[part]):
+                yield number, *tree_map(lambda leaf, part=part: _rows(leaf, part), (inputs, targets))
+
+
+def leaves(outputs: Any) -> list[Tensor]:
+    """Return the outputs that depend on the parameters."""
+    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs, cut off from the model, and the slopes of the summed loss in them, on a graph of their own.
+
+    Args:
+        outputs: of the model.
+        targets: ``[B, …]``.
+        loss: a mean over samples.
+        check: whether to check that it is one.
+
+    Raises:
+        BatchError: the loss cannot take the outputs, or is no mean.
+    """
+    flat, structure = tree_flatten(outputs)
+    cut = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in flat]
+    ends = [new for new, old in zip(cut, flat, strict=True) if isinstance(old, Tensor) and old.requires_grad]
+    again = tree_unflatten(cut, structure)
+    try:
+        if check:
+            check_mean(again, targets, loss)
+        value = loss(again, targets) * len(targets)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise BatchError(f"The loss cannot take the model's outputs with these targets: {error}") from error
+    found = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True) if ends else []
+    return ends, list(found)
+
+
+def pulled(
+    values: Sequence[Tensor], ends: Sequence[Tensor], vectors: Sequence[Tensor], *, last: bool = False, on: bool = False
+) -> list[Tensor]:
+    """Return ``Σ_k ∂(value_k · v_k)/∂end`` for every end; zeros where nothing leads there.
+
+    Args:
+        values: what is differentiated.
+        ends: with respect to what.
+        vectors: one like each value.
+        last: whether the graph is not needed any more.
+        on: whether the result is differentiated further.
+    """
+    pairs = [(value, v) for value, v in zip(values, vectors, strict=True) if value.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(end) for end in ends]
+    used, backs = zip(*pairs, strict=True)
+    keep = on or not last
+    return list(torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=on, materialize_grads=True))
+
+
+def _multiplier(
+    outputs: Any, targets: Tensor, loss: Loss, part: str, parameters: list[Tensor], check: bool
+) -> Multiply:
+    """Return the product of one batch's summed curvature with directions."""
+    tensors = leaves(outputs)
+    ends, found = slopes(outputs, targets, loss, check=check)
+    if part == "gauss_newton":
+        dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
+        back = pulled(tensors, parameters, dummies, on=True)
+
+        def gauss_newton(v: list[Tensor], last: bool) -> list[Tensor]:
+            along = pulled(back, dummies, v, last=last)  # frees the graph of Jᵀu, not that of the outputs
+            return pulled(tensors, parameters, pulled(found, ends, along), last=last)
+
+        return gauss_newton
+    values, backs = tensors, [slope.detach() for slope in found]
+    if part == "exact":
+        values = [loss(outputs, targets) * len(targets)]
+        backs = [torch.ones_like(values[0])]
+    gradient = pulled(values, parameters, backs, on=True)
+    return lambda v, last: pulled(gradient, parameters, v, last=last)
+
+
+def _each_direction(
+    multiply: Multiply, directions: list[Tensor], chunk: int
+) -> Iterator[tuple[int | slice, list[Tensor]]]:
+    """Yield the products with directions ``[K, …]``, a chunk at a time where that can be vectorised."""
+    number, start = len(directions[0]), 0
+    while chunk > 1 and start < number:
+        some = slice(start, min(start + chunk, number))
+        try:
+            found = torch.func.vmap(lambda *v: tuple(multiply(list(v), False)))(*(value[some] for value in directions))
+        except (RuntimeError, NotImplementedError):
+            break
+        yield some, list(found)
+        start = some.stop
+    for place in range(start, number):
+        yield place, multiply([value[place] for value in directions], place == number - 1)
+
+
+def _directions(model: nn.Module, vectors: Vectors) -> tuple[list[Tensor], bool]:
+    """Return the directions as ``[K, *shape of the parameter]``, and whether they came so."""
+    parameters, numbers, out = dict(model.named_parameters()), set(), []
+    for name, vector in vectors.items():
+        if name not in parameters:
+            raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}, so it has no direction.")
+        parameter = parameters[name]
+        batched = vector.dim() == parameter.dim() + 1
+        if tuple(vector.shape[batched:]) != tuple(parameter.shape):
+            raise PruneLabError(
+                f"The direction for `{name}` has shape {list(vector.shape)}, the parameter {list(parameter.shape)}; "
+                "several directions are stacked in front."
+            )
+        numbers.add(len(vector) if batched else None)
+        out.append((vector if batched else vector[None]).detach().to(parameter))
+    if len(numbers) != 1 or numbers == {0}:
+        raise PruneLabError(
+            f"Directions must be there, and equally many for each parameter; found {sorted(map(str, numbers))}."
+        )
+    return out, None not in numbers
+
+
+def _rows(leaf: Any, part: slice) -> Any:
+    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() else leaf
