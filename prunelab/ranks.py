@@ -121,6 +121,9 @@ class Layer:
 
     def at_price(self, price: float) -> Choice:
         """Return the option of least damage + price · cost."""
+        if self.trade is None:
+            costs, damage, index = self.front
+            return self.pick(int(index[(damage + price * costs).argmin()]))
         costs, damage, _ = self.options
         return self.pick(int((damage + price * costs[:, 1]).argmin()))
 
@@ -194,8 +197,8 @@ def _spend_the_rest(
     layers: Sequence[Layer], choices: dict[str, Choice], target: float, enough: float
 ) -> dict[str, Choice]:
     """Lessen the damage with what is left of the budget: change one layer, or where that is not enough two, at best."""
-    for changed in (_one_layer, _two_layers):
-        for _ in range(20 * len(layers)):
+    for changed, times in ((_one_layer, 20 * len(layers)), (_two_layers, 20)):
+        for _ in range(times):
             left = target - _spent(choices)
             found = changed(layers, choices, left) if left > enough else {}
             if not found:
