@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,9 @@ def loss_changes(
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
     seen = 0
-    bar = tqdm(unit="unit", desc="oracle", disable=not progress, leave=False)
-    bar.total = 0
+    total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
+    bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False)
     for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
-        bar.total += sum(map(len, units.values()))
         replay = _Replay(model, inputs, targets, loss, cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")
@@ -112,7 +111,7 @@ def loss_changes(
                 bar.update()
         seen += len(targets)
     bar.close()
-    return {name: total / seen for name, total in change.items()}
+    return {name: summed / seen for name, summed in change.items()}
 
 
 class _Replay:

@@ -1,0 +1,282 @@
+"""Hold every criterion against the oracle, and see what is left of a network after a cut, without fine-tuning.
+
+    python bench/criteria.py [--networks resnet20 …] [--images 256] [--seeds 0 …] [--out bench/criteria]
+
+Writes OUT.json after every measurement, goes on from what is there already, and OUT.md at the end.  Two tables for
+every network: Spearman's rank correlation of each criterion with the measured loss of silencing single units (a random
+sample of them), over all units and within groups; accuracy and loss on test images after cuts to several shares of the
+FLOPs, scored once or anew before each of several steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import prunelab as pl
+from prunelab.criteria.oracle import loss_changes
+from prunelab.training import Recipe, evaluate, fit
+
+INPUTS = torch.ones(1, 3, 32, 32)
+RAW = {"normalizer": "none", "group_reduction": "sum"}
+"""Options under which a groupwise criterion's scores compare between groups as they are."""
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "magnitude": {"magnitude": {}, "magnitude, L1, raw": {"p": 1, **RAW}},
+    "taylor": {"taylor": {}, "taylor, raw": RAW, "taylor, sum first, raw": {"multivariable": True, **RAW}},
+    "gate": {
+        "gate": {},
+        "gate + linear": {"linear": True},
+        "gate, T=4": {"temperature": 4.0},
+        "gate, hard labels": {"curvature": "empirical"},
+    },
+}
+"""Criterion -> label -> options; any other criterion runs with its defaults, and raw where it can."""
+
+GREEDY: dict[str, dict[str, Any]] = {
+    "gate greedy": {"interactions": True},
+    "gate greedy + linear": {"interactions": True, "linear": True},
+    "gate greedy, T=4": {"interactions": True, "temperature": 4.0},
+    "gate greedy, T=4 + linear": {"interactions": True, "temperature": 4.0, "linear": True},
+    "gate greedy, T=4, 1 label": {"interactions": True, "temperature": 4.0, "curvature": "mc"},
+}
+"""For cuts only: alone, a unit's score is that of the gate without interactions."""
+
+STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "eigendamage", "oba", "quadratic", "gate", *GREEDY)
+"""What is also scored anew before each of several steps, which takes a while."""
+
+
+def criteria(names: list[str]) -> dict[str, pl.criteria.Criterion]:
+    """Return label -> criterion for all variants of the named ones."""
+    found = {}
+    for name in names:
+        defaults = {field.name: field.default for field in dataclasses.fields(pl.criteria.CRITERIA[name])}
+        raw = {f"{name}, raw": RAW} if defaults.get("normalizer", "none") != "none" else {}
+        for label, options in VARIANTS.get(name, {name: {}, **raw}).items():
+            found[label] = pl.criteria.get(name, **options)
+    return found
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Return the rank of every value, equal values sharing theirs."""
+    return (values[:, None] > values).sum(1).double() + ((values[:, None] == values).sum(1) - 1) / 2
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Return Spearman's rank correlation."""
+    pair = torch.stack([ranks(first), ranks(second)])
+    return float(torch.corrcoef(pair)[0, 1]) if pair.std(1).min() > 0 else float("nan")
+
+
+class Run:
+    """The settings, and the rows measured so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, args.out.with_suffix(".json")
+        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.is_file() else []
+        self.data = pl.data.cifar10("mini")
+        self.test = list(pl.data.loader(self.data.test.subset(args.test), 250))
+
+    def done(self, **key: Any) -> bool:
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        text = ",\n".join(json.dumps(row) for row in self.rows)
+        self.path.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{text}\n]}}\n')
+        tqdm.write("  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+    def batches(self, images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        return list(pl.data.loader(self.data.train.subset(images, seed), 64))
+
+
+def correlations(run: Run, network: str, images: int, seed: int) -> None:
+    """Measure a random sample of units and compare all criteria with that."""
+    wanted = criteria([name for name in run.args.criteria if name != "oracle"])
+    key = {"table": "correlation", "network": network, "images": images, "seed": seed}
+    missing = {label: made for label, made in wanted.items() if not run.done(**key, criterion=label)}
+    if not missing:
+        return
+    graph, batches = pl.trace(pl.zoo.load(network), INPUTS), run.batches(images, seed)
+    generator, total = torch.Generator().manual_seed(seed), sum(group.size for group in graph.groups)
+    units = {
+        group.name: torch.randperm(group.size, generator=generator)[
+            : max(2, round(run.args.units * group.size / total))
+        ].tolist()
+        for group in graph.groups
+    }
+    start = time.perf_counter()
+    truth = loss_changes(graph, batches, units)
+    seconds = time.perf_counter() - start
+    for label, criterion in missing.items():
+        start = time.perf_counter()
+        try:
+            scores = criterion(graph, batches)
+        except pl.PruneLabError as error:
+            tqdm.write(f"{network}: {label}: {error}")
+            continue
+        took = time.perf_counter() - start
+        found = {name: scores[name][chosen].double() for name, chosen in units.items()}
+        within = [spearman(found[name], truth[name]) for name in units if len(units[name]) >= 6]
+        row = {
+            "criterion": label,
+            "spearman": spearman(torch.cat(list(found.values())), torch.cat(list(truth.values()))),
+            "within groups": mean([value for value in within if value == value] or [float("nan")]),
+            "seconds": took,
+            "oracle seconds": seconds,
+            "units": sum(map(len, units.values())),
+        }
+        run.keep(key | row)
+
+
+def cuts(run: Run, network: str, images: int, seed: int) -> None:
+    """Cut to every share of the FLOPs, at once and in steps."""
+    everything = criteria([name for name in run.args.criteria if name != "oracle" or run.args.oracle])
+    if "gate" in run.args.criteria:
+        everything |= {label: pl.criteria.Gate(**options) for label, options in GREEDY.items()}
+    model, batches = pl.zoo.load(network), run.batches(images, seed)
+    whole = pl.count(model, INPUTS).flops
+    for label, criterion in everything.items():
+        for steps in run.args.steps if label in STEPPED else [1]:
+            scores = None
+            for per in ("unit", "flops") if steps == 1 else ("flops",):
+                for share in run.args.shares:
+                    key = {"table": "cuts", "network": network, "images": images, "seed": seed}
+                    key |= {"criterion": label, "steps": steps, "per": per, "flops": share}
+                    if run.done(**key):
+                        continue
+                    current = model
+                    try:
+                        for step in range(1, steps + 1):
+                            if scores is None or steps > 1:
+                                scores = criterion(pl.trace(current, INPUTS), batches)
+                            left = share ** (step / steps) * whole / pl.count(current, INPUTS).flops
+                            current = pl.apply(current, pl.plan(scores, flops=left, per=per))
+                    except pl.PruneLabError as error:
+                        tqdm.write(f"{network}: {label}: {error}")
+                        continue
+                    row = key | evaluate(current, run.test)
+                    if run.args.finetune and steps == 1 and per == "flops":
+                        recipe = Recipe(run.args.finetune, lr=run.args.lr, weight_decay=5e-4)
+                        fit(current, run.data.train, recipe, seed=seed, progress=False)
+                        row["fine-tuned"] = evaluate(current, run.test)["accuracy"]
+                    run.keep(row)
+
+
+def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table; its first column is text, the others are numbers."""
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" + "|---:" * (len(head) - 1) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def spread(values: list[float], form: str = "{:.2f}") -> str:
+    """Return the mean of some values, and their deviation if there are several."""
+    values = [value for value in values if value == value]
+    if not values:
+        return "–"
+    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
+
+
+def unique(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """Return the values of a column, each once, in the order of rows."""
+    return list(dict.fromkeys(row[name] for row in rows if name in row))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return all tables."""
+    lines = []
+    for network in unique(rows, "network"):
+        found = [row for row in rows if row["network"] == network and row["table"] == "correlation"]
+        if found:
+            sizes = sorted(unique(found, "images"))
+            seeds, units = len(unique(found, "seed")), max(row["units"] for row in found)
+            lines += [f"## {network}: rank correlation with the oracle", ""]
+            lines += [f"{units} units, {seeds} seeds (of units and images); in brackets the mean within groups.", ""]
+            head = ["criterion", *(f"{size} images" for size in sizes), f"seconds, {sizes[-1]} images"]
+            body = []
+            for label in unique(found, "criterion"):
+                own = [row for row in found if row["criterion"] == label]
+                cells = []
+                for size in sizes:
+                    here = [row for row in own if row["images"] == size]
+                    inside = spread([row["within groups"] for row in here]).split(" ")[0]
+                    cells.append(f"{spread([row['spearman'] for row in here])} ({inside})")
+                last = [row["seconds"] for row in own if row["images"] == sizes[-1]]
+                body.append([label, *cells, f"{mean(last):.1f}" if last else "–"])
+            oracle = mean(row["oracle seconds"] / row["units"] for row in found if row["images"] == sizes[-1])
+            body.append(["oracle", *("1" for _ in sizes), f"{oracle:.2f} per unit"])
+            lines += [*table(head, body), ""]
+        found = [row for row in rows if row["network"] == network and row["table"] == "cuts"]
+        for steps in sorted(unique(found, "steps")):
+            some = [row for row in found if row["steps"] == steps]
+            shares = sorted(unique(some, "flops"), reverse=True)
+            how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
+            lines += [f"## {network}: accuracy (loss) after cuts {how}", ""]
+            head = ["criterion", "ranked per", *(f"{share:.0%} of the FLOPs" for share in shares)]
+            tuned = any("fine-tuned" in row for row in some)
+            head += [f"{share:.0%}, fine-tuned" for share in shares] if tuned else []
+            body = []
+            for label in unique(some, "criterion"):
+                for per in unique(some, "per"):
+                    own = [row for row in some if (row["criterion"], row["per"]) == (label, per)]
+                    at = {share: [row for row in own if row["flops"] == share] for share in shares}
+                    cells = [
+                        f"{spread([100 * r['accuracy'] for r in at[share]], '{:.1f}')} "
+                        f"({spread([r['loss'] for r in at[share]]).split(' ')[0]})"
+                        for share in shares
+                    ]
+                    if tuned:
+                        cells += [
+                            spread([100 * r["fine-tuned"] for r in at[share] if "fine-tuned" in r], "{:.1f}")
+                            for share in shares
+                        ]
+                    body.append([label, per, *cells])
+            lines += [*table(head, body), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg13_narrow", "vit_small"])
+    parser.add_argument("--criteria", nargs="+", default=list(pl.criteria.names()))
+    parser.add_argument("--tables", nargs="+", default=["correlation", "cuts"], choices=["correlation", "cuts"])
+    parser.add_argument("--images", nargs="+", type=int, default=[256], help="to score on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of images and units")
+    parser.add_argument("--units", type=int, default=150, help="to measure, about")
+    parser.add_argument("--test", type=int, default=1000, help="images to measure accuracy on")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3], help="of the FLOPs kept")
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--oracle", action="store_true", help="cut by the oracle too: measures every unit")
+    parser.add_argument("--finetune", type=int, default=0, help="epochs on the embedded images after cuts at once")
+    parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
+    parser.add_argument("--out", type=Path, default=Path("bench/criteria"), help="without a suffix")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*single units are too large")
+    run = Run(args)
+    for network in args.networks:
+        for images in args.images:
+            for seed in args.seeds:
+                if "correlation" in args.tables:
+                    correlations(run, network, images, seed)
+                if "cuts" in args.tables:
+                    cuts(run, network, images, seed)
+    args.out.with_suffix(".md").write_text(markdown(run.rows))
+    print(markdown(run.rows))
+
+
+if __name__ == "__main__":
+    main()
