@@ -53,7 +53,7 @@ def damped(matrix: Tensor, damping: float = 0.0) -> Tensor:
         raise BudgetError(f"damping={damping!r} is no number of at least 0.")
     exact = matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()  # mps has no float64
     exact = (exact + exact.mT) / 2
-    level = damping * exact.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = damping * exact.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)  # nothing at all costs nothing
     return exact + torch.diag_embed(level[..., None].expand(exact.shape[:-1]))
 
 
