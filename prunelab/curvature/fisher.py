@@ -68,7 +68,7 @@ def check_mean(outputs: Any, targets: Tensor, loss: Loss) -> None:
     """Check on one batch that the loss of a batch is the mean of the losses of its samples.
 
     Raises:
-        BatchError: it is no single number, or another one.
+        BatchError: it cannot be computed, is no single number, or another one.
     """
     if len(targets) == 0:
         raise BatchError("A batch is empty.")
@@ -78,7 +78,7 @@ def check_mean(outputs: Any, targets: Tensor, loss: Loss) -> None:
         if not half:
             outputs, targets = (tree_map(_twice, value) for value in (outputs, targets))
             parts = [slice(0, 1), slice(1, 2)]
-        whole = loss(outputs, targets)
+        whole = _tried(outputs, targets, loss)
         if not isinstance(whole, Tensor) or whole.dim():
             raise BatchError(f"The loss is no single number but {_shape(whole)}: it must be the mean over the samples.")
         values = [loss(tree_map(lambda leaf, part=part: _rows(leaf, part), outputs), targets[part]) for part in parts]
@@ -165,6 +165,15 @@ def _hessian_root(outputs: Tensor, targets: Tensor, loss: Loss) -> Iterator[Tens
         column = vectors[:, :, place] * values[:, place, None].clamp_min(0).sqrt()
         if bool(column.any()):
             yield column.to(outputs).view(outputs.shape)
+
+
+def _tried(outputs: Any, targets: Tensor, loss: Loss) -> Any:
+    try:
+        return loss(outputs, targets)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor))
+        given = f"outputs of shape {shapes} and targets of shape {list(targets.shape)}"
+        raise BatchError(f"The loss cannot take {given}: {error}") from error
 
 
 def _rows(leaf: Any, part: slice) -> Any:

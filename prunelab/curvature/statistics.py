@@ -109,13 +109,9 @@ class Statistics:
             if getattr(self, name) != getattr(other, name):
                 raise BatchError(f"Statistics of {getattr(self, name)} and {getattr(other, name)} do not add up.")
         _same_basis(self.fixed, other.fixed)
-        return Statistics(
-            self.samples + other.samples,
-            self.fisher,
-            {what: _added(self.sums[what], other.sums[what]) for what in self.sums},
-            {what: _joined(self.meta.get(what, {}), other.meta.get(what, {})) for what in self.sums},
-            self.fixed,
-        )
+        meta = {what: _joined(self.meta.get(what, {}), other.meta.get(what, {})) for what in self.sums}
+        sums = {what: _added(self.sums[what], other.sums[what]) for what in self.sums}
+        return Statistics(self.samples + other.samples, self.fisher, sums, meta, self.fixed)
 
     def __or__(self, other: Statistics) -> Statistics:
         """Return both kinds of statistics of the same samples: the second pass of EKFAC beside the first.
