@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import prunelab as pl
+from prunelab.criteria.obs import prune_weights
 from prunelab.criteria.surgeon import (
     damped_inverse,
     downdate,
@@ -17,6 +20,9 @@ from prunelab.criteria.surgeon import (
     joint_update,
     saliency,
 )
+from prunelab.curvature.kronecker import Factors
+from prunelab.masks import density
+from tests.cases import perturb
 
 
 def bowl(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -167,6 +173,317 @@ def test_two_weights_that_stand_in_for_each_other(sign, cost):
     assert best == pytest.approx(0.01 if sign < 0 else 0.15995)
 
 
+# ── units, with a block per layer ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Flat(nn.Module):
+    """Units with several rows or columns: images that are flattened, and the heads of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 2, stride=2)
+        self.table = nn.Linear(16, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(F.relu(self.conv(x)).flatten(1)).unsqueeze(1)
+        x = torch.cat([x, x.tanh()], 1)
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Convolutions(nn.Module):
+    """A grouped, a depthwise and a transposed convolution, with batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 4, 2, groups=2)
+        self.depthwise = nn.Conv2d(4, 4, 2, groups=4)
+        self.transposed = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(F.relu(self.norm(self.first(x))))
+        return self.last(F.silu(self.transposed(F.relu(self.depthwise(x)))).mean((2, 3)))
+
+
+NETS = {"flat": Flat, "convolutions": Convolutions}
+
+
+def setting(name: str) -> tuple[nn.Module, list, pl.DependencyGraph]:
+    torch.manual_seed(0)
+    model = perturb(NETS[name]()).double().eval()
+    batches = [(torch.randn(40, 2, 4, 4).double(), torch.randint(0, 3, (40,))) for _ in range(2)]
+    return model, batches, pl.trace(model, batches[0][0])
+
+
+def dense_block(factors: Factors, damping: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S ⊗ A ⊗ I over the rows that the factors are of, and where each of its places stands in the weight."""
+    places = factors.matrices(torch.arange(weight.numel()).view_as(weight))
+    places = places if factors.groups > 1 else places[None]
+    kernel = places[0, 0, 0].numel()
+    blocks = []
+    for group in range(factors.groups):
+        S, A = (m if factors.groups == 1 else m[group] for m in (factors.S, factors.A))
+        S, A = (m + damping * m.trace() / len(m) * torch.eye(len(m)) for m in (S, A))
+        blocks.append(torch.kron(torch.kron(S, A), torch.eye(kernel).double()))
+    return torch.block_diag(*blocks), places.flatten()
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", [{}, {"factor": "full"}, {"curvature": "layer", "factor": "full", "damping": 0.2}])
+def test_a_units_score_is_the_constrained_minimum_of_every_layer(name, options):
+    model, batches, graph = setting(name)
+    criterion = pl.criteria.OBS(**options)
+    scores = criterion(graph, batches)
+    known = pl.collect(graph, batches, {"kronecker"}, factor=criterion.factor).kronecker.values()
+    several = 0
+    for group in graph.groups:
+        for unit in (0, group.size - 1):
+            wanted = 0.0
+            for member in group.members:
+                for factors in (one for one in known if one.weight == member.name):
+                    weight = model.get_parameter(member.name).detach()
+                    if criterion.curvature == "layer":
+                        factors = replace(factors, S=torch.eye(factors.S.shape[-1]).expand_as(factors.S) / 1.2)
+                    matrix, places = dense_block(factors, criterion.damping, weight)
+                    owned = torch.zeros_like(weight, dtype=torch.bool)
+                    owned.index_fill_(member.dim, member.positions(unit), True)
+                    index = owned.flatten()[places].nonzero().flatten().tolist()
+                    several += len(member.positions(unit)) > 1
+                    wanted += constrained_minimum(weight.flatten()[places], matrix, index)[1]
+            assert scores[group][unit].item() == pytest.approx(wanted, rel=1e-5)
+    assert several or name != "flat"
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", [{}, {"factor": "full", "fisher": "ggn"}, {"curvature": "layer"}])
+def test_a_weights_score_is_the_constrained_minimum_of_its_layer(name, options):
+    model, batches, graph = setting(name)
+    criterion = pl.criteria.OBS(**options)
+    found = criterion.elementwise(model, batches)
+    statistics = pl.collect(graph, batches, {"kronecker"}, factor=criterion.factor, fisher=criterion.fisher)
+    for factors in statistics.kronecker.values():
+        weight = model.get_parameter(factors.weight).detach()
+        if criterion.curvature == "layer":
+            level = 1 + criterion.damping
+            factors = replace(factors, S=torch.eye(factors.S.shape[-1]).expand_as(factors.S) / level)
+        matrix, places = dense_block(factors, criterion.damping, weight)
+        wanted = saliency(weight.flatten()[places], torch.linalg.inv(matrix))
+        assert found[factors.weight].shape == weight.shape
+        torch.testing.assert_close(found[factors.weight].flatten()[places], wanted)
+    assert found.keys() == {factors.weight for factors in statistics.kronecker.values()}
+
+
+def test_statistics_can_be_shared():
+    _, batches, graph = setting("convolutions")
+    statistics = pl.collect(graph, batches, {"kronecker"}, factor="full")
+    direct, shared = (pl.criteria.OBS(factor="full")(graph, given) for given in (batches, statistics))
+    assert all(torch.equal(direct[group], shared[group]) for group in graph.groups)
+    with pytest.raises(pl.BatchError, match='of factor="full", needed is "channel"'):
+        pl.criteria.OBS()(graph, statistics)
+    with pytest.raises(pl.BatchError, match='fisher="ggn"'):
+        pl.criteria.OBS(factor="full", fisher="ggn")(graph, statistics)
+    assert pl.criteria.OBS(curvature="layer", factor="full", fisher="ggn")(graph, statistics)
+
+
+def test_the_size_and_order_of_batches_do_not_matter():
+    _, batches, graph = setting("flat")
+    inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    order = torch.randperm(len(targets))
+    parts = [(inputs[place], targets[place]) for place in order.split([1, 30, 49])]
+    criterion = pl.criteria.OBS()
+    found, wanted = criterion(graph, parts), criterion(graph, batches)
+    for group in graph.groups:
+        torch.testing.assert_close(found[group], wanted[group])
+
+
+def test_a_layer_without_gradients_costs_nothing():
+    model, batches, graph = setting("convolutions")
+    model.last.weight.data.zero_()
+    scores = pl.criteria.OBS()(graph, batches)
+    assert float(scores[graph.group_of("first.weight")].abs().max()) < 1e-25
+
+
+# ── small networks, with the whole matrix ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def trained() -> tuple[nn.Module, list]:
+    """A small network close to a minimum of its loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 3)).double().eval()
+    inputs, targets = torch.randn(60, 3).double(), torch.randint(0, 3, (60,))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=400, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(model(inputs), targets) + 1e-3 * sum((p**2).sum() for p in model.parameters())
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return model, [(inputs[:25], targets[:25]), (inputs[25:], targets[25:])]
+
+
+def loss_of(model: nn.Module, batches: list) -> float:
+    inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    with torch.no_grad():
+        return float(F.cross_entropy(model(inputs), targets))
+
+
+def vector(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def ggn(model: nn.Module, batches: list) -> Tensor:
+    """Return the Gauss-Newton matrix: Jacobians of the outputs around the softmax's covariance."""
+    inputs, _ = (torch.cat(part) for part in zip(*batches, strict=True))
+    rows = []
+    for output in model(inputs).flatten():
+        rows.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(output, model.parameters(), retain_graph=True)])
+        )
+    jacobian = torch.stack(rows).view(len(inputs), -1, len(rows[0]))
+    p = model(inputs).detach().softmax(1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nci,ncd,ndj->ij", jacobian, middle, jacobian) / len(inputs)
+
+
+def dense_hessian(model: nn.Module, batches: list, damping: float) -> Tensor:
+    inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    parameters = dict(model.named_parameters())
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([value.numel() for value in parameters.values()])
+        given = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, given, inputs), targets)
+
+    matrix = torch.autograd.functional.hessian(loss, vector(model))
+    return matrix + damping * matrix.trace() / len(matrix) * torch.eye(len(matrix))
+
+
+def test_with_the_whole_matrix_a_unit_costs_the_constrained_minimum(trained):
+    model, batches = trained
+    graph = pl.trace(model, batches[0][0])
+    found = pl.criteria.OBS(curvature="dense", fisher="hessian", damping=0.5)(graph, batches)["0"]
+    matrix, weights = dense_hessian(model, batches, 0.5), vector(model)
+    for unit in range(5):
+        gone = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+        for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            gone[name][unit] = 1
+        gone["3.weight"][:, unit] = 1
+        index = torch.cat([value.flatten() for value in gone.values()]).nonzero().flatten().tolist()
+        assert found[unit].item() == pytest.approx(constrained_minimum(weights, matrix, index)[1], rel=1e-5)
+
+
+def test_with_the_whole_matrix_a_weight_costs_the_constrained_minimum(trained):
+    model, batches = trained
+    found = pl.criteria.OBS(curvature="dense", fisher="hessian", damping=0.5).elementwise(model, batches)
+    matrix, weights = dense_hessian(model, batches, 0.5), vector(model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    flat = torch.cat([value.flatten() for value in found.values()])
+    wanted = [constrained_minimum(weights, matrix, [q])[1] for q in range(len(weights))]
+    torch.testing.assert_close(flat, torch.tensor(wanted).double())
+
+
+@pytest.mark.parametrize("fisher", ["hessian", "ggn"])
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_in_a_linear_model_the_surgeon_refits_by_least_squares(fisher, density):
+    """The loss is a quadratic here, so what is left is the least-squares fit on the inputs that are left."""
+    torch.manual_seed(0)
+    inputs = (torch.randn(50, 10) @ (torch.eye(10) + 0.5 * torch.rand(10, 10))).double()
+    targets = inputs @ torch.randn(10, 1).double() + torch.randn(50, 1).double()
+    design = torch.cat([inputs, torch.ones(50, 1).double()], 1)
+    best = torch.linalg.lstsq(design, targets).solution
+    model = nn.Linear(10, 1).double()
+    model.weight.data, model.bias.data = best[:-1].T.clone(), best[-1].clone()
+    sparse = prune_weights(
+        model,
+        [(inputs[:20], targets[:20]), (inputs[20:], targets[20:])],
+        density,
+        fisher=fisher,
+        damping=0,
+        loss=F.mse_loss,
+    )
+    kept = sparse.weight[0] != 0
+    assert kept.sum() == round(10 * density) and torch.equal(model.weight.data, best[:-1].T)
+    refit = torch.linalg.lstsq(design[:, [*kept.nonzero().flatten().tolist(), 10]], targets).solution.flatten()
+    torch.testing.assert_close(torch.cat([sparse.weight[0][kept], sparse.bias]), refit)
+
+
+def test_the_surgeon_hurts_less_than_removing_as_many_without_care(trained):
+    model, batches = trained
+    magnitude = pl.criteria.Magnitude().elementwise(model)
+    parts = dense_hessian(model, batches, 0).diagonal().split([score.numel() for score in magnitude.values()])
+    obd = {name: magnitude[name] * part.view_as(magnitude[name]) for name, part in zip(magnitude, parts, strict=True)}
+    for share in (0.8, 0.7):
+        surgeon = prune_weights(model, batches, share)
+        others = [pl.sparsify(model, scores, share) for scores in (magnitude, obd)]
+        assert loss_of(surgeon, batches) < min(loss_of(other, batches) for other in others) - 0.05
+        assert density(surgeon) == density(others[0])
+
+
+def test_every_step_starts_from_where_the_last_one_ended(trained):
+    """Two steps are one step, and another with what that removed left out of the matrix."""
+    model, batches = trained
+    once = prune_weights(model, batches, 0.8)
+    twice = prune_weights(model, batches, 0.6, steps=2)
+    kept = torch.cat(
+        [once[0].weight.flatten() != 0, torch.ones(15).bool(), once[3].weight.flatten() != 0, torch.ones(3).bool()]
+    )
+    plain = pl.bake(once)
+    matrix = ggn(plain, batches)[kept][:, kept]
+    matrix += 1e-2 * matrix.trace() / len(matrix) * torch.eye(len(matrix))
+    weights = vector(plain)[kept]
+    among = torch.cat([torch.ones(15), torch.zeros(15), torch.ones(15), torch.zeros(3)]).bool()[kept]
+    wanted = torch.zeros(48).double()
+    wanted[kept] = greedy(weights, torch.linalg.inv(matrix), 6, among=among).weights
+    torch.testing.assert_close(vector(pl.bake(twice)), wanted)
+
+
+def test_the_prediction_holds_for_a_small_step(trained):
+    """Removing the cheapest weight changes the loss by what its saliency says, if the weight is small enough."""
+    model, batches = trained
+    before = loss_of(model, batches)
+    values = pl.criteria.OBS(curvature="dense", fisher="hessian", damping=1e-2).elementwise(model, batches)
+    assert min(value.min() for value in values.values()) >= 0
+    total = sum(model[place].weight.numel() for place in (0, 3))
+    one_less = prune_weights(model, batches, 1 - 1 / total, fisher="hessian", damping=1e-2)
+    cheapest = min(float(values[name].min()) for name in ("0.weight", "3.weight"))
+    assert loss_of(one_less, batches) - before < 5 * cheapest + 1e-3
+
+
+def test_what_the_surgeon_removed_stays_zero(trained):
+    model, batches = trained
+    sparse = prune_weights(model, batches, 0.5, names=["0.weight"])
+    assert (sparse[0].weight == 0).sum() == 7 and (sparse[3].weight != 0).all()
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    zeros = sparse[0].weight == 0
+    F.cross_entropy(sparse(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    assert torch.equal(sparse[0].weight == 0, zeros)
+
+
+def test_what_is_too_large_or_sparse_already_is_an_error(trained):
+    model, batches = trained
+    with pytest.raises(pl.BudgetError, match="density=0"):
+        prune_weights(model, batches, 0)
+    with pytest.raises(pl.BudgetError, match="steps=0"):
+        prune_weights(model, batches, 0.5, steps=0)
+    with pytest.raises(pl.PlanError, match="has no parameter `5.weight`"):
+        prune_weights(model, batches, 0.5, names=["5.weight"])
+    with pytest.raises(pl.PlanError, match="bake it first"):
+        prune_weights(prune_weights(model, batches, 0.5), batches, 0.25)
+    with pytest.raises(pl.BatchError, match="needs batches"):
+        prune_weights(model, None, 0.5)
+    resnet = pl.zoo.resnet20()
+    graph = pl.trace(resnet, torch.randn(1, 3, 32, 32))
+    with pytest.raises(pl.BudgetError, match="ResNet has .* weights, and a dense matrix.*at most 5000"):
+        pl.criteria.OBS(curvature="dense")(graph, batches)
+
+
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -181,3 +498,14 @@ def test_a_matrix_without_an_inverse_is_an_error():
     with pytest.raises(pl.BudgetError, match="not positive definite"):
         damped_inverse(singular - 1e-9 * torch.eye(3))
     assert damped_inverse(singular, 1e-3).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"curvature": "block"}, {"factor": "patch"}, {"fisher": "true"}, {"damping": -1}])
+def test_options_that_do_not_exist_are_errors(options):
+    with pytest.raises(pl.BudgetError, match=next(iter(options))):
+        pl.criteria.get("obs", **options)
+
+
+def test_a_hessian_has_no_kronecker_factors():
+    with pytest.raises(pl.BudgetError, match='needs curvature="dense"'):
+        pl.criteria.OBS(fisher="hessian")

@@ -11,6 +11,7 @@ from prunelab.criteria.fpgm import FPGM
 from prunelab.criteria.gate import Gate
 from prunelab.criteria.kron import COBD, COBS, KronOBD, KronOBS
 from prunelab.criteria.magnitude import Magnitude
+from prunelab.criteria.obs import OBS
 from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.random import Random
 from prunelab.criteria.taylor import Taylor
@@ -28,6 +29,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "kron_obs": KronOBS,
     "eigendamage": EigenDamage,
     "gate": Gate,
+    "obs": OBS,
     "oracle": Oracle,
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "COBS",
     "CRITERIA",
     "FPGM",
+    "OBS",
     "BNScale",
     "Criterion",
     "EigenDamage",
