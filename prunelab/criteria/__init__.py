@@ -11,6 +11,8 @@ from prunelab.criteria.fpgm import FPGM
 from prunelab.criteria.gate import Gate
 from prunelab.criteria.kron import COBD, COBS, KronOBD, KronOBS
 from prunelab.criteria.magnitude import Magnitude
+from prunelab.criteria.oba import OBA, layer_pairs
+from prunelab.criteria.obd import OBD
 from prunelab.criteria.obs import OBS
 from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.random import Random
@@ -23,6 +25,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "bn_scale": BNScale,
     "fpgm": FPGM,
     "taylor": Taylor,
+    "obd": OBD,
     "c_obd": COBD,
     "c_obs": COBS,
     "kron_obd": KronOBD,
@@ -30,6 +33,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "eigendamage": EigenDamage,
     "gate": Gate,
     "obs": OBS,
+    "oba": OBA,
     "oracle": Oracle,
 }
 
@@ -38,6 +42,8 @@ __all__ = [
     "COBS",
     "CRITERIA",
     "FPGM",
+    "OBA",
+    "OBD",
     "OBS",
     "BNScale",
     "Criterion",
@@ -52,6 +58,7 @@ __all__ = [
     "Scores",
     "Taylor",
     "get",
+    "layer_pairs",
     "names",
 ]
 

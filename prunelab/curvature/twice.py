@@ -225,7 +225,8 @@ class _Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _GeluSlope.apply(g, *ctx.saved_tensors)
+        (x,) = ctx.saved_tensors
+        return _GeluSlope.apply(g, x) if torch.is_grad_enabled() else torch.ops.aten.gelu_backward(g, x)
 
 
 class _GeluSlope(Function):

@@ -1,0 +1,114 @@
+"""OBA: optimal brain apoptosis, the Hessian with all weights on one side.  Notebook 09_oba derives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunelab.batches import Batches, Loss
+from prunelab.criteria.base import GroupwiseCriterion, Scores
+from prunelab.curvature.dilation import pair_matrix, self_product
+from prunelab.curvature.hvp import check_part
+from prunelab.curvature.one_pass import model_of
+from prunelab.curvature.statistics import Statistics
+from prunelab.trace import DependencyGraph
+
+
+@dataclass
+class OBA(GroupwiseCriterion):
+    """Score a weight by ``θ_k (Hθ)_k = Σ_l θ_k H_kl θ_l``, and a unit by the sum over all its weights.
+
+    This is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them went at
+    once.  (In the quadratic model the unit that goes alone interacts with itself only: that is ``quadratic``.)  For the
+    loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k ∂²f_k/∂θ²].
+
+    With ``first_order`` the score is ``−θ_k g_k + ½ θ_k (Hθ)_k``: with δ = −θ, the weight's share in the quadratic
+    model ``gᵀδ + ½ δᵀHδ`` of losing them all.
+
+    In a network of L layers without biases and norms, whose activations are positively homogeneous (ReLU), outputs are
+    homogeneous in each layer's weights.  Euler's theorem then gives, in every weight, *functional part =
+    (L−1) θ_k g_k*: the first-order term again, with the sign opposite to that of its δ.
+
+    Cost: about three forward and backward passes over the data, whatever the depth.
+
+    Args:
+        part: of the Hessian: ``"exact"``, all of it; ``"functional"``, what the published code computes on ReLU
+            networks; or ``"gauss_newton"``.
+        first_order: add the Taylor term, as above.
+        loss: ``loss(outputs, targets)``, a mean over samples.
+        group_reduction: see ``GroupwiseCriterion``, as all other options.
+
+    Source: Sun et al. 2025, *Optimal Brain Apoptosis*, section 3, with the products exact.
+    """
+
+    group_reduction: str = "sum"
+    normalizer: str = "none"
+    bias: bool = True
+    part: str = "exact"
+    first_order: bool = False
+    loss: Loss = F.cross_entropy
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_part(self.part)
+
+    def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
+        """Return the scores.
+
+        Args:
+            graph: of the model.
+            batches: pairs ``(inputs, targets)``, or statistics that know the batches they were collected from.
+
+        Raises:
+            BatchError: batches are missing or do not fit the model.
+        """
+        return self.reduce(graph, self.elementwise(graph.model, batches))
+
+    def elementwise(self, model: nn.Module, batches: Batches | Statistics | None = None) -> dict[str, Tensor]:
+        """Return the score of every weight, a tensor like each parameter."""
+        given = batches.batches if isinstance(batches, Statistics) else batches
+        gradient, product = self_product(model, given, self.loss, part=self.part)
+        theta = {name: value.detach() for name, value in model.named_parameters() if name in product}
+        if self.first_order:
+            return {name: value * (product[name] / 2 - gradient[name]) for name, value in theta.items()}
+        return {name: value * product[name] for name, value in theta.items()}
+
+
+def layer_pairs(
+    model: nn.Module | DependencyGraph,
+    batches: Batches | Statistics | None,
+    part: str = "exact",
+    *,
+    names: Sequence[str] | None = None,
+    loss: Loss = F.cross_entropy,
+) -> tuple[tuple[str, ...], Tensor]:
+    """Return ``θ_iᵀ H_ij θ_j`` for every pair of layers: how much of ``θᵀHθ`` is between which.
+
+    The sum over a row is the sum of ``θ ⊙ (Hθ)`` over that layer, where ``names`` are all parameters.  The diagonal is
+    the layer by itself; off it stand layers in series (one feeds the other) and in parallel.
+
+    Cost: one forward and backward pass over the data, and about as much again for every layer.
+
+    Args:
+        model: the network, or its graph.
+        batches: pairs ``(inputs, targets)``, or statistics that know theirs.
+        part: ``"exact"``, ``"functional"`` or ``"gauss_newton"``.
+        names: of the parameters; by default all weights that are matrices or more, in the order of the model.
+        loss: ``loss(outputs, targets)``, a mean over samples.
+
+    Returns:
+        The names, and float64 ``[n, n]`` on the CPU, symmetric.
+
+    Raises:
+        PruneLabError: a name is no parameter of the model.
+        BatchError: batches are missing or do not fit the model.
+
+    Source: the decomposition over pairs of layers of Sun et al. 2025, *Optimal Brain Apoptosis*, section 3, exact.
+    """
+    model, given = model_of(model), batches.batches if isinstance(batches, Statistics) else batches
+    if names is None:
+        names = [name for name, value in model.named_parameters() if name.endswith("weight") and value.dim() > 1]
+    return tuple(names), pair_matrix(model, given, names, loss, part=part)
