@@ -8,6 +8,7 @@ pl.save(small, "small.safetensors")
 """
 
 from prunelab import criteria, data, zoo
+from prunelab.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.collect import Statistics, collect
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchError",
     "BudgetError",
+    "Compensation",
     "Cost",
     "DataError",
     "DependencyGraph",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from torch import nn
 
 from prunelab import criteria, fakes
 from prunelab.batches import Batches
+from prunelab.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
 from prunelab.errors import BudgetError
@@ -67,6 +68,7 @@ def prune(
     params: float | None = None,
     ratio: float | None = None,
     steps: int = 1,
+    compensate: bool | Compensation = False,
     finetune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     **options: Any,
@@ -77,11 +79,12 @@ def prune(
         model: any module that can be traced.
         example_inputs: a tensor, a tuple or a dict; shapes and types matter.
         criterion: a name, or a criterion with options.
-        data: batches for the criterion, ``(inputs, targets)``; it is read once per step.
+        data: batches for the criterion, ``(inputs, targets)``; it is read once per step, twice with ``compensate``.
         flops: share of the FLOPs that is kept; or
         params: share of the parameters that is kept; or
         ratio: share of the units that is removed.
         steps: cut in so many steps, each by the same factor, scoring anew before each.
+        compensate: refit what is left after every cut, on ``data``; ``Compensation(…)`` for its options.
         finetune: called with the model after every cut; trains it in place.
         evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name.
         options: of ``plan`` (scope, max_ratio, round_to, ignore, overrides).
@@ -97,6 +100,9 @@ def prune(
     if not isinstance(steps, int) or steps < 1:
         raise BudgetError(f"steps={steps!r} is no positive whole number.")
     chosen = criteria.get(criterion) if isinstance(criterion, str) else criterion
+    refit = Compensation() if compensate is True else compensate or None
+    if refit is not None and refit.source is None:
+        refit = replace(refit, source=data)
     whole = count(model, example_inputs)
     report = Report()
 
@@ -112,7 +118,7 @@ def prune(
         scores = chosen(trace(current, example_inputs), data)
         budget = _step_budget(report.rows[-1], step, steps, flops=flops, params=params, ratio=ratio)
         made = plan(scores, **{**budget, **options})
-        current = apply(current, made)
+        current = apply(current, made, compensate=refit)
         report.plans.append(made)
         record(current, step, "cut")
         if finetune is not None:

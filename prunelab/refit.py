@@ -31,9 +31,10 @@ def ridge(moment: Tensor, residual: Tensor, damping: float) -> Tensor | None:
         damping: relative to the diagonal, so that inputs of any scale are treated alike.
     """
     scale = moment.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)  # inputs that are always zero stay as they are
+    dead = scale == 0  # inputs that are always zero: their weights stay as they are
+    scale = scale.masked_fill(dead, 1)
     system = moment / scale / scale[:, None]
-    system.diagonal().copy_(torch.where(moment.diagonal() > 0, 1.0 + damping, 1.0))
+    system.diagonal().fill_(1 + damping)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or factor.diagonal().min() < 1e-7:  # the square of which is all that float64 can tell from zero
         return None

@@ -27,8 +27,8 @@ from prunelab.trace import DependencyGraph
 MEMORY = 2**28
 """Bytes that the moment of one weight may take; where patches would need more, it is taken over channels."""
 
-CHUNK = 2**23
-"""Numbers that one chunk of patches may hold."""
+CHUNK = {"cpu": 2**20}
+"""Numbers that one chunk of patches may hold; on other devices 2²⁵."""
 
 
 class Layer(Protocol):
@@ -175,13 +175,13 @@ def columns(call: LayerCall, weight: Tensor, keep: Tensor | None = None) -> Iter
     one = x.new_ones(1)
     if call.kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
-        for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
+        for chunk in rows.split(_chunk(x, rows.shape[1])):
             yield (chunk if keep is None else chunk.index_select(1, keep)).mT[None], one
         return
     assert call.output is not None
     kernel, places = weight.shape[2:], call.output.shape[2:]
     slid = call if call.kind == "conv" else _as_convolution(call)
-    for chunk in x.split(max(1, CHUNK // (x.shape[1] * math.prod(kernel) * math.prod(places)))):
+    for chunk in x.split(_chunk(x, x.shape[1] * math.prod(kernel) * math.prod(places))):
         chunk = chunk if keep is None else chunk.index_select(1, keep)
         images = chunk if call.kind == "conv" else _spread(call, chunk, kernel)
         seen = patches(images, slid, kernel, places).movedim(0, 1 + len(kernel))  # [C, *kernel, N, *positions]
@@ -200,9 +200,14 @@ def channels(call: LayerCall, weight: Tensor, taps: int = 1) -> Iterator[tuple[T
         assert call.output is not None
         root = coverage(call, weight.shape[2:], x.shape[2:], call.output.shape[2:]).sqrt()
     root = root.to(x)
-    for chunk in x.split(max(1, CHUNK // x[0].numel())):
+    for chunk in x.split(_chunk(x, x[0].numel())):
         flat = (chunk * root).movedim(1, 0).flatten(1)
         yield flat.unflatten(0, (call.groups, -1)), root.expand(len(chunk), *x.shape[2:]).flatten()
+
+
+def _chunk(x: Tensor, size: int) -> int:
+    """Return how many samples, of ``size`` numbers each, go into one chunk."""
+    return max(1, CHUNK.get(x.device.type, 2**25) // max(1, size))
 
 
 def _as_convolution(call: LayerCall) -> LayerCall:
