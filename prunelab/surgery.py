@@ -34,7 +34,7 @@ def apply(
     plan: Plan,
     *,
     inplace: bool = False,
-    backend: Literal["auto", "module"] = "auto",
+    backend: Literal["auto", "module", "graph"] = "auto",
     compensate: Compensation | Statistics | Batches | None = None,
 ) -> nn.Module:
     """Return ``model`` without the units that ``plan`` removes.
@@ -46,19 +46,24 @@ def apply(
         model: the model that the plan was made for, in any mode and on any device.
         plan: what goes.
         inplace: cut ``model`` itself instead of a copy.
-        backend: ``"module"`` keeps the model's class and cuts it; ``"auto"`` is the same until there is another.
+        backend: ``"module"`` keeps the model's class and cuts it; ``"graph"`` rebuilds the model from the operators it
+            calls (``replay``); ``"auto"`` does the first where it is right, else the second, with a warning.
         compensate: batches, statistics or ``Compensation``: what is left is refitted to make up for what goes.
 
     Returns:
-        The smaller model: of the same class, in the same mode, on the same device.
+        The smaller model: of the same class or a ``torch.fx.GraphModule``, in the same mode, on the same device.
 
     Raises:
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says; ``model`` is
             then as it was.
         BatchError: what ``compensate`` was given does not fit the model.
     """
-    if backend not in ("auto", "module"):
-        raise PlanError(f"backend={backend!r} is not one of auto, module.")
+    if backend not in ("auto", "module", "graph"):
+        raise PlanError(f"backend={backend!r} is not one of auto, module, graph.")
+    if backend != "module":
+        from prunelab.replay import route  # which needs this module
+
+        return route(model, plan, backend, inplace=inplace, compensate=compensate)
     touched = {name for cut in plan.cuts for name, _ in cut.members}
     rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
     graph, kept = open_plan(rehearsal, plan)
