@@ -1,4 +1,4 @@
-"""Curvature against other people's code, in float64 on a small network: curvlinops for products, BackPACK for diagonals."""
+"""Curvature against the code of others, in float64 on a small network: curvlinops and BackPACK."""
 
 from __future__ import annotations
 
