@@ -296,6 +296,18 @@ def test_a_model_that_was_cut_then_made_sparse_twice_is_saved_and_loaded(small, 
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "sparse.safetensors").read_bytes()
 
 
+def test_a_factorised_model_is_made_sparse_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = pl.zoo.resnet20().eval(), torch.randn(64, 3, 32, 32)
+    graph = pl.trace(model, inputs[:1])
+    scores = pl.criteria.get("eigendamage")(graph, [(inputs, torch.arange(64) % 10)])
+    small = pl.factorize(model, scores, flops=0.5)
+    sparse = pl.sparsify(small, magnitudes(small), 0.5)
+    pl.save(sparse, tmp_path / "both.safetensors")
+    again = pl.load(pl.zoo.resnet20(), tmp_path / "both.safetensors").eval()
+    assert torch.equal(again(inputs), sparse(inputs)) and densities(again) == densities(sparse)
+
+
 def test_tied_masks_and_a_root_with_masks_are_saved(tmp_path):
     torch.manual_seed(0)
     model = Embedded()
