@@ -252,8 +252,9 @@ def test_units_that_only_an_embedding_produces_are_charged_where_they_are_consum
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
-    for name in ("kron_obd", "kron_obs", "c_obs", "eigendamage"):
-        scores = pl.criteria.get(name, loss=loss)(graph, batches)
+    statistics = pl.collect(graph, batches, {"moments", "kronecker"}, loss=loss)
+    for name in ("c_obd", "kron_obd", "kron_obs", "c_obs", "eigendamage"):
+        scores = pl.criteria.get(name, loss=loss)(graph, statistics)
         assert scores[group].isfinite().all() and (scores[group] > 0).all()
 
 
@@ -292,3 +293,45 @@ def test_statistics_of_another_kind_are_refused(heads):
         pl.criteria.KronOBD(fisher="ggn")(graph, pl.collect(graph, batches, {"kronecker"}))
     with pytest.raises(pl.PruneLabError, match="batches"):
         pl.criteria.KronOBD()(graph)
+
+
+def test_a_model_without_any_layer_is_an_error():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    graph = pl.trace(Scale(), torch.ones(1, 4))
+    with pytest.raises(pl.BatchError, match="`kron_obd` found no linear or convolution layer"):
+        pl.criteria.KronOBD()(graph, [(torch.ones(3, 4), torch.arange(3))])
+
+
+def test_slices_of_a_fused_projection_add_up():
+    """Attention to something else uses its projection in three slices, each with factors of its own."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.attention(x, x.flip(1), x * 2, need_weights=False)[0]).mean(1)
+
+    torch.manual_seed(0)
+    model, inputs = Cross().double(), torch.randn(30, 4, 6, dtype=torch.float64)
+    graph, batches = pl.trace(model, inputs[:1]), [(inputs, torch.arange(30) % 4)]
+    factors = pl.collect(graph, batches, {"kronecker"}).kronecker
+    slices = [found for found in factors.values() if found.weight == "attention.in_proj_weight"]
+    assert sorted(found.rows.start for found in slices) == [0, 6, 12]
+    fisher = torch.block_diag(*(torch.kron(f.S, f.A) for f in sorted(slices, key=lambda found: found.rows.start)))
+    weight, scores = model.attention.in_proj_weight.detach(), pl.criteria.KronOBD()(graph, batches)
+    groups = [group for group in graph.groups if any(m.name == "attention.in_proj_weight" for m in group.members)]
+    for group in groups:
+        member = next(m for m in group.members if m.name == "attention.in_proj_weight" and m.dim == 0)
+        for unit in range(group.size):
+            change = weight.flatten() * owned(weight, member, unit)
+            torch.testing.assert_close(scores[group][unit].double(), 0.5 * change @ fisher @ change, rtol=1e-5, atol=0)
+    assert groups

@@ -18,7 +18,7 @@ from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
-from prunelab.errors import BudgetError
+from prunelab.errors import BatchError, BudgetError
 from prunelab.groups import Group, Member
 from prunelab.trace import DependencyGraph
 
@@ -158,6 +158,8 @@ class KroneckerCriterion(Criterion):
         found: dict[str, list] = {}
         for factors in statistics.kronecker.values():
             found.setdefault(factors.weight, []).append(factors)
+        if not found:
+            raise BatchError(f"`{self}` found no linear or convolution layer whose outputs have gradients by sample.")
         return found
 
     def _group(self, group: Group, known: dict[str, list], parameters: Mapping[str, Tensor]) -> Tensor:
