@@ -294,6 +294,20 @@ def test_the_model_stays_as_it_was(small):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_half_precision_sums_in_single():
+    graph, batches = make("cnn")
+    wanted = Gate().measure(graph, batches)[1]
+    graph.model.bfloat16()
+    found = Gate().measure(graph, [(x.bfloat16(), y) for x, y in batches])[1]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=0.2, atol=0.02 * float(wanted.max()))
+
+
+def test_a_model_without_groups_has_no_scores():
+    graph = pl.trace(nn.Linear(3, 2), torch.ones(1, 3))
+    assert not graph.groups and len(Gate()(graph, [(torch.ones(2, 3), torch.arange(2))])) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"curvature": "fisher"}, "ggn, mc"), ({"samples": 0}, "samples=0"), ({"temperature": 0}, "temperature=0")]

@@ -46,7 +46,8 @@ class Gate(Criterion):
         curvature: ``"ggn"``, exact; ``"mc"``, an unbiased estimate of it from sampled labels, for many classes;
             ``"empirical"``, E[g_n g_nᵀ] with g_n the gradient of one sample's loss; or ``"hessian"``, exact.
         linear: add ``−∂L/∂z_u``.  Better for units that go alone, mostly worse for many at once.
-        interactions: keep all of G, ``[U, U]``, as the scores' matrix; ``plan`` then selects greedily.
+        interactions: keep all of G as the scores' matrix, ``[U, U]`` for U units in the network (4 U² bytes); ``plan``
+            then selects greedily.
         samples: how often ``"mc"`` samples the labels.
         temperature: T in ``T² ℓ(outputs / T)``, whose Hessian Λ_n then is.  A sample of which the model is sure has
             Λ_n ≈ 0 at T = 1, so its outputs may be spoilt at no cost: right for one unit, wrong for half a network.
@@ -85,6 +86,8 @@ class Gate(Criterion):
         Raises:
             BatchError: batches are missing or do not fit the model, or derivatives are not finite.
         """
+        if not graph.groups:
+            return Scores(graph, {}, str(self))
         gradient, matrix = self.measure(graph, batches)
         diagonal = matrix.diagonal() if self.interactions else matrix
         score = (diagonal / 2 - gradient if self.linear else diagonal / 2).float().cpu()
@@ -127,7 +130,7 @@ class Gate(Criterion):
     def _sums(self, gates: Gates, inputs: Any, targets: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield gradient and curvature, summed over samples: of the whole batch, or of one sample after the other."""
         like = next(p for p in gates.model.parameters() if p.is_floating_point())
-        ones = torch.ones(gates.size, dtype=like.dtype, device=like.device)
+        ones = torch.ones(gates.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         if self.curvature == "hessian":
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
                 yield self._hessian(gates, inputs, targets, ones)

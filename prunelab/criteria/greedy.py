@@ -122,6 +122,7 @@ class _Race:
         self.state, self.pool = state, pool
         self.left = torch.tensor([limits[bundle[0].name] for bundle in pool])
         self.price = torch.tensor([prices.get(bundle[0].name, 1.0) for bundle in pool], dtype=torch.float64)
+        self.tied = [(place, bundle) for place, bundle in enumerate(pool) if len(bundle) > 1]
         groups = [(place, group) for place, bundle in enumerate(pool) for group in bundle]
         self.bundle_of = torch.tensor([place for place, _ in groups])
         # Where the pool's units stand among all units, and which of the pool's groups each belongs to.
@@ -134,8 +135,8 @@ class _Race:
         low = torch.full((len(self.bundle_of),), torch.inf, dtype=torch.float64)
         low.scatter_reduce_(0, self.owner, state.cost[self.units], "amin")
         cost = low.new_zeros(len(self.pool)).index_add_(0, self.bundle_of, low)
-        for place, bundle in enumerate(self.pool):
-            if len(bundle) > 1 and self.left[place]:
+        for place, bundle in self.tied:
+            if self.left[place]:
                 cost[place] += self._together([state.lowest(group.name) for group in bundle])
         cost = priced(cost, self.price).masked_fill(self.left == 0, torch.inf)
         best = int(cost.argmin())
