@@ -191,7 +191,7 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
 
     root = hollow(model)
     for number, tensor in enumerate(builder.tapes[0].constants):
-        root.register_buffer(f"constant_{number}", tensor.clone(), persistent=False)
+        root.register_buffer(f"constant_{number}", tensor.detach().clone(), persistent=False)
     return root
 
 
@@ -200,6 +200,7 @@ class _Rehearsal(fx.Interpreter):
 
     def __init__(self, module: nn.Module, shapes: dict[str, tuple[int, ...] | None]) -> None:
         super().__init__(module)
+        self.extra_traceback = False
         self.shapes = shapes
 
     def run_node(self, n: fx.Node) -> Any:

@@ -102,6 +102,11 @@ class Builder:
         axes = self.axes(ref)
         return self.was(ref) if axes is None else tuple(self.kept.size(axis) for axis in axes)
 
+    def sizes_of(self, ref: Ref) -> list[Any]:
+        """Return the sizes of a tensor, ``Varying`` where they are not the same on all tapes."""
+        shapes = [tape.shape(ref) for tape in self.tapes]
+        return [values[0] if len(set(values)) == 1 else Varying(values) for values in zip(*shapes, strict=True)]
+
     def mask(self, ref: Ref, dim: int) -> Tensor:
         """Return which entries of a dimension are kept, bool."""
         axes = self.axes(ref)

@@ -66,10 +66,21 @@ class Step:
         """Return the integer to call with for one that was ``was`` on the tape."""
         return self.builder.number(value, was, stays)
 
-    def size(self, values: Any, ref: Ref) -> list[Any]:
-        """Return the sizes that a call gives to its result ``ref``; -1 stays, and stands for one that is not known."""
-        triples = zip(values, self.was(ref), self.stays(ref), strict=True)
-        return [-1 if value == -1 else self.number_of(value, was, stays) for value, was, stays in triples]
+    def size(self, ref: Ref, rest: bool = False) -> list[Any]:
+        """Return the sizes that a result must have; with ``rest`` one that follows the inputs somehow may be -1.
+
+        Raises:
+            Inexpressible: there is more than one such size, or one may not be -1.
+        """
+        found: list[Any] = []
+        for value, was, stays in zip(self.builder.sizes_of(ref), self.was(ref), self.stays(ref), strict=True):
+            try:
+                found.append(self.number_of(value, was, stays))
+            except Inexpressible:
+                if not rest or -1 in found:
+                    raise
+                found.append(-1)
+        return found
 
     def give(self, func: Any, *args: Any, place: int = -1, **kwargs: Any) -> None:
         """Call ``func``; what it returns is this row's result."""
@@ -94,7 +105,7 @@ def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
             continue
         value = step[argument.name]
         if argument.name == "size" and isinstance(value, (list, tuple)):
-            value = step.size(value, results[0])
+            value = step.size(results[0])
         else:
             numbers = any(type(part) in (int, Varying) for part in tree_leaves(value))
             integers = numbers and "int" in str(argument.type).lower()  # a Scalar is a "number"
@@ -120,24 +131,7 @@ def view(step: Step) -> None:
     """A view; where nothing writes through it, one that also takes tensors that lie differently in memory."""
     ref = step.out()
     func = aten.view.default if step.builder.written_later(ref) else aten.reshape.default
-    shape = step.row.args[1]
-    try:
-        sizes = step.size(shape, ref)
-    except Inexpressible:
-        sizes = [
-            _or_rest(step, value, was, stays)
-            for value, was, stays in zip(shape, step.was(ref), step.stays(ref), strict=True)
-        ]
-        if sizes.count(-1) > 1:
-            raise
-    step.give(func, step.builder.node(step["self"]), sizes)
-
-
-def _or_rest(step: Step, value: Any, was: int, stays: int) -> Any:
-    try:
-        return step.number_of(value, was, stays)
-    except Inexpressible:
-        return -1
+    step.give(func, step.builder.node(step["self"]), step.size(ref, rest=True))
 
 
 def stride(step: Step) -> None:

@@ -198,7 +198,7 @@ class _Recording(TorchDispatchMode):
         if id(value) not in self._refs:
             if not isinstance(value, FakeTensor):
                 self._know(value, Ref("constant", len(self.constants)))
-                self.constants.append(value.detach())
+                self.constants.append(value)
             elif _place(value) in self._own:  # ``parameter.data`` is another tensor in the same place
                 self._know(value, Ref("data", self._own[_place(value)]))
             else:
