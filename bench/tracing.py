@@ -1,6 +1,6 @@
 """Time to find the groups of every classification model of torchvision, beside Torch-Pruning's dependency graph.
 
-    python bench/tracing.py [--models resnet18 …] [--repeats 3] [--out bench/tracing.md]
+    python -m bench.tracing [--models resnet18 …] [--repeats 3] [--out bench/tracing.md]
 
 Neither gets a hint.  Both run in one process, in turns, on the same model and input; each time is the least of the
 repeats.

@@ -1,6 +1,6 @@
 """Trace and cut every model of torchvision and of timm's usual families, without a hint, and measure how exact that is.
 
-    python bench/zoo.py [--models resnet18 timm/levit_128 …] [--out bench/zoo.md]
+    python -m bench.zoo [--models resnet18 timm/levit_128 …] [--out bench/zoo.md]
 
 One row per model: time to trace, groups, share of the parameters that some group runs through, error of permuting
 all groups, and error of the cut network against the silenced one at a random cut of half of every group, in float32 and
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import prunelab as pl
+from prunelab.fakes import forget
 
 HEAD = ("model", "trace, s", "groups", "parameters in groups", "permutation error", "cut error", "back end", "outcome")
 FAMILIES = (
@@ -77,7 +78,7 @@ def error(found: object, wanted: object) -> float:
 
 def permuted(model: nn.Module, graph: pl.DependencyGraph) -> nn.Module:
     """Return a copy in which the units of every group stand in another order, in every member."""
-    model = copy.deepcopy(model)
+    model = forget(copy.deepcopy(model))
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for group in graph.groups:
         order = torch.randperm(group.size)
