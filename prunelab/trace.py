@@ -164,6 +164,10 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
+    sparse = next((name for name, _ in model.named_buffers() if name.endswith(".mask") and "parametriz" in name), None)
+    if sparse is not None:
+        module = sparse.partition(".parametrizations.")[0]
+        raise TraceError(f"`{module}` has a mask on its weights: write the zeros into them first, with pl.bake(model).")
     ignored = _ignored(model, ignore)
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)

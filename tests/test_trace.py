@@ -226,6 +226,14 @@ def test_an_output_without_tensors_is_an_error():
         pl.trace(Words(), torch.ones(1, 2))
 
 
+def test_a_sparse_model_is_to_be_baked_first(small):
+    model, inputs = small
+    sparse = pl.sparsify(model, pl.criteria.Magnitude().elementwise(model), density=0.5)
+    with pytest.raises(pl.TraceError, match="`0` has a mask.*bake"):
+        pl.trace(sparse, inputs)
+    assert len(pl.trace(pl.bake(sparse), inputs).groups) == 1
+
+
 class Remembers(nn.Module):
     """Keeps what it computed from its parameters until it is trained again, as LeViT's attention does."""
 
