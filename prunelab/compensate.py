@@ -16,6 +16,7 @@ then cuts.  Notebook 11_compensation derives it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,8 +48,8 @@ class Compensation:
         side: ``"consumers"`` refits the layers that lose inputs, by least squares on their outputs; ``"producers"``
             updates the rows that stay beside the removed ones, by Kronecker-factored OBS.
         sequential: refit layer by layer in forward order, each on what the cut and refitted layers before it give,
-            towards the outputs of the whole model: later layers correct what earlier ones could not.  Needs batches, and
-            is the default where ``source`` are batches; statistics serve any number of plans.
+            towards the outputs of the whole model: later layers correct what earlier ones could not.  Needs batches;
+            the default where ``source`` are batches.  At once, statistics serve any number of plans.
         damping: share of each input's second moment that is added to it; more where there are few samples.
         memory: bytes that the second moment of one layer's inputs may take; where patches of a convolution would need
             more, channels are refitted alike at all kernel positions.
@@ -109,12 +110,14 @@ def make_up(
     elif how.in_order:
         from prunelab.sequential import refit_in_order  # which silences, which needs surgery, which needs us
 
-        fresh, left = refit_in_order(model, plan, graph, kept, how.batches, how.damping)
+        fresh, left = refit_in_order(model, plan, graph, kept, how)
     else:
         if isinstance(how.source, Statistics):
             moments = how.source.inputs
         else:
-            moments = input_moments(model, how.source, graph, kept, how.memory)
+            taps = consumers(graph)
+            losing = {name: taps[name] for name in losing_inputs(graph, kept)}
+            moments = input_moments(model, how.source, losing, how.memory)
         fresh, left = refit_consumers(model, moments, graph, kept, how.damping)
     if left:
         reasons = "; ".join(f"`{name}` ({why})" for name, why in left.items())
@@ -123,13 +126,9 @@ def make_up(
 
 
 def input_moments(
-    model: nn.Module,
-    batches: Batches | None,
-    graph: DependencyGraph,
-    kept: Kept | None = None,
-    memory: int = MEMORY,
+    model: nn.Module, batches: Batches | None, weights: Mapping[str, int], memory: int = MEMORY
 ) -> dict[str, InputMoment]:
-    """Return the input moment of every weight that may lose columns; given ``kept``, of those that do.
+    """Return the input moments of the given weights (see ``InputMoment``); ``weights`` is what ``consumers`` returns.
 
     Cost: one forward pass, and n² multiplications per position of each layer.
 
@@ -137,19 +136,16 @@ def input_moments(
         BatchError: the batches do not fit the model, or an input is not finite.
     """
     parameters = dict(model.named_parameters())
-    wanted = consumers(graph)
-    if kept is not None:
-        wanted = {name: wanted[name] for name in losing_inputs(graph, kept)}
     sums: dict[str, Tensor] = {}
     meta: dict[str, dict] = {}
     number = -1
 
     def add_sum(seen: LayerCall) -> None:
-        if seen.kind in KINDS and seen.weight in wanted:
+        if seen.kind in KINDS and seen.weight in weights:
             weight = parameters[seen.weight]
             name = key(seen, weight)
-            meta[name] = describe(seen, weight, wanted[seen.weight], memory)
-            total = summed(seen, weight, meta[name]["over"], wanted[seen.weight])
+            meta[name] = describe(seen, weight, weights[seen.weight], memory)
+            total = summed(seen, weight, meta[name]["over"], weights[seen.weight])
             if not total.isfinite().all():
                 raise BatchError(
                     f"The input of the layer of `{seen.weight}` is not finite in batch {number}: check the batch's "

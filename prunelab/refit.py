@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from prunelab.surgery import Kept
 
 
+UNSEEN = "no layer with it was seen"
+DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
+
+
 def ridge(moment: Tensor, residual: Tensor, damping: float) -> Tensor | None:
     """Return ``Δ = residual (moment + Λ)⁻¹``, Λ = damping · diag(moment); ``None`` if that matrix is singular.
 
@@ -78,7 +82,7 @@ def refit_consumers(
     losing = losing_inputs(graph, kept)
     _check_model(moments, parameters)
     seen = {found.weight for found in moments.values()}
-    left = {name: "no layer with it was seen" for name in losing if name not in seen}
+    left = {name: UNSEEN for name in losing if name not in seen}
     biases = Counter((found.bias, found.bias_rows.start) for found in moments.values())
     fresh: dict[str, Tensor] = {}
     for found in (found for found in moments.values() if found.weight in losing):
@@ -88,7 +92,7 @@ def refit_consumers(
             continue
         solved = _refit(found, parameters[found.weight].detach(), kept_inputs(found, graph, kept), constant, damping)
         if solved is None:
-            left[found.weight] = "the inputs that stay are linearly dependent: raise damping"
+            left[found.weight] = DEPENDENT
             continue
         add(fresh, parameters, found.weight, found.rows, solved[0])
         if constant and found.bias is not None:

@@ -246,13 +246,14 @@ def test_damping_holds_the_weights_that_stay(damping: float):
     assert error(cut[2].weight, solution[:-1].T) < 1e-8 and error(cut[2].bias, solution[-1]) < 1e-8
 
 
+@pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("flattened", [False, True])
-def test_channels_are_refitted_where_patches_need_too_much_memory(flattened: bool):
+def test_channels_are_refitted_where_patches_need_too_much_memory(flattened: bool, sequential: bool):
     """Removed channels are told from the kept ones pixel by pixel, each as often as some patch sees it."""
     name = "flattened" if flattened else "padded"
     model, x = make(next(case for case, _ in LAYERS if case.name == name))
     plan = random_plan(model, x)
-    options = EXACT | {"memory": 8 * 8 * 8}
+    options = {"damping": 0.0, "sequential": sequential, "memory": 8 * 8 * 8}
     cut = pl.apply(model, plan, compensate=Compensation(batches(x, 7), **options))
     keep = stays(model, plan)
     layer, place = model[2], 0 if flattened else 2
