@@ -15,6 +15,7 @@ from prunelab.criteria.oba import OBA, layer_pairs
 from prunelab.criteria.obd import OBD
 from prunelab.criteria.obs import OBS
 from prunelab.criteria.oracle import Oracle
+from prunelab.criteria.quadratic import Quadratic
 from prunelab.criteria.random import Random
 from prunelab.criteria.taylor import Taylor
 from prunelab.errors import PruneLabError
@@ -34,6 +35,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "gate": Gate,
     "obs": OBS,
     "oba": OBA,
+    "quadratic": Quadratic,
     "oracle": Oracle,
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "KronOBS",
     "Magnitude",
     "Oracle",
+    "Quadratic",
     "Random",
     "Scores",
     "Taylor",

@@ -178,7 +178,7 @@ def _run(
     scaled = {name: named[name] * factor for name, factor in scales.items()}
     mode = _Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled}, scale)
     with twice_differentiable(mode):
-        return call(_Replaced(model, scaled), inputs)
+        return call(Replaced(model, scaled), inputs)
 
 
 class _Dilation(Rewrite):
@@ -220,7 +220,7 @@ class _Dilation(Rewrite):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-class _Replaced(nn.Module):
+class Replaced(nn.Module):
     """A model some of whose parameters are replaced while it is called."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:

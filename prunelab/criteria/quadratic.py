@@ -1,0 +1,177 @@
+"""Quadratic: the second-order change of the loss when a unit goes, with nothing left out.  Notebook 09_oba derives it.
+
+Flows in: a graph and batches.  Flows out: ``gᵀδ + ½ δᵀHδ`` for every unit, δ the step that removes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunelab.batches import Batches, Loss, call
+from prunelab.criteria.base import Criterion, Scores
+from prunelab.curvature.dilation import Replaced
+from prunelab.curvature.hvp import leaves, pieces, pulled, slopes
+from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.twice import twice_differentiable
+from prunelab.errors import BatchError, BudgetError
+from prunelab.groups import Group, Member
+from prunelab.trace import DependencyGraph
+
+CURVATURES = ("hessian", "ggn")
+
+
+@dataclass
+class Quadratic(Criterion):
+    """Score a unit by ``gᵀδ + ½ δᵀHδ``, with δ = −θ on all of the unit's slices and zero elsewhere.
+
+    The quadratic model itself, in the coordinates of the weights: every other criterion in them leaves something out.
+    A unit's slices are those of all members that are parameters, weights and biases of norms included; running means
+    and variances are no parameters and stay.  (Without its scale and bias a channel of a batch norm gives zero whatever
+    they are, so silencing them would change nothing.)
+
+    All units of a group are scaled by numbers s, one each; δ is the step −1 in s_u, so that ``gᵀδ = −∂L/∂s_u`` and
+    ``δᵀHδ = ∂²L/∂s_u²``.  One forward and backward pass per group leaves a graph on which every unit costs one more
+    backward pass (two for the part behind its first layer, no more).
+
+    Args:
+        curvature: ``"hessian"``, exact, or ``"ggn"``, its Gauss-Newton part, which is never negative.
+        linear: whether the first-order term ``gᵀδ`` counts.
+        chunk: how many units go through one vectorised backward pass: more for small networks, or a GPU.
+        loss: ``loss(outputs, targets)``, a mean over samples.
+        progress: show a progress bar if it takes more than a few seconds.
+
+    Source: ours; the quadratic model is equation 1 of LeCun et al. 1989, *Optimal Brain Damage*.
+    """
+
+    curvature: str = "hessian"
+    linear: bool = True
+    chunk: int = 1
+    loss: Loss = F.cross_entropy
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise BudgetError(f"chunk={self.chunk!r} is no positive whole number.")
+
+    def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
+        """Return the scores.
+
+        Args:
+            graph: of the model.
+            batches: pairs ``(inputs, targets)``, or statistics that know the batches they were collected from.
+
+        Raises:
+            BatchError: batches are missing or do not fit the model, or a derivative is not finite.
+        """
+        terms = self.terms(graph, batches)
+        scores = {name: (self.linear * first + second).float() for name, (first, second) in terms.items()}
+        return Scores(graph, scores, str(self))
+
+    def terms(self, graph: DependencyGraph, batches: Batches | Statistics | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return ``gᵀδ`` and ``½ δᵀHδ`` for every unit: group name -> two float64 ``[group.size]`` on the CPU.
+
+        Raises:
+            BatchError: as for a call.
+        """
+        given = batches.batches if isinstance(batches, Statistics) else batches
+        total = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in graph.groups}
+        seen = 0
+        bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
+        with evaluating(graph.model), bar:
+            for parameter in graph.model.parameters():
+                parameter.requires_grad_(False)
+            for number, inputs, targets in pieces(graph.model, given, "quadratic"):
+                bar.total += sum(group.size for group in graph.groups)
+                for group in graph.groups:
+                    with torch.enable_grad():
+                        found = self._group(graph.model, group, inputs, targets, bar, check=not seen)
+                    if not bool(found.isfinite().all()):
+                        raise BatchError(
+                            f"The derivatives in the units of `{group.name}` are not finite in batch {number}: "
+                            "check its inputs."
+                        )
+                    total[group.name] += found.double().cpu()
+                seen += len(targets)
+        return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
+
+    def _group(self, model: nn.Module, group: Group, inputs: Any, targets: Tensor, bar: tqdm, check: bool) -> Tensor:
+        """Return ``∂L/∂s`` and the diagonal of ``∂²L/∂s²``, ``[2, size]``, summed over the samples."""
+        parameters = dict(model.named_parameters())
+        like = next(iter(parameters.values()))
+        s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
+        with twice_differentiable():
+            outputs = call(Replaced(model, scaled(parameters, group, s)), inputs)
+        tensors = leaves(outputs)
+        ends, found = slopes(outputs, targets, self.loss, check=check)
+        if self.curvature == "ggn":
+            (gradient,) = pulled(tensors, [s], [slope.detach() for slope in found])
+            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
+            (back,) = pulled(tensors, [s], dummies, on=True)
+
+            def curvature(step: Tensor) -> Tensor:
+                along = pulled([back], dummies, [step])
+                return sum_of_products(along, pulled(found, ends, along))
+        else:
+            value = self.loss(outputs, targets) * len(targets)
+            (gradient,) = pulled([value], [s], [torch.ones_like(value)], on=True)
+
+            def curvature(step: Tensor) -> Tensor:
+                return (pulled([gradient], [s], [step])[0] * step).sum()
+
+        rows = list(each(curvature, torch.eye(group.size, dtype=s.dtype, device=s.device), self.chunk, bar))
+        return torch.stack([gradient.detach(), torch.cat(rows)])
+
+
+def scaled(parameters: Mapping[str, Tensor], group: Group, s: Tensor) -> dict[str, Tensor]:
+    """Return the group's parameters with the slices of every unit multiplied by its number, each entry once."""
+    members: dict[str, list[Member]] = {}
+    for member in group.members:
+        if member.name in parameters:
+            members.setdefault(member.name, []).append(member)
+    return {name: parameters[name] * _factor(found, parameters[name].dim(), s) for name, found in members.items()}
+
+
+def _factor(members: list[Member], dims: int, s: Tensor) -> Tensor:
+    """Return what a parameter is multiplied by, broadcast to it; where two members meet in one unit it counts once."""
+    padded, factor = torch.cat([s, s.new_ones(1)]), s.new_ones(())
+    units: list[Tensor] = []
+    for member in members:
+        unit = member.unit.to(s.device).view([-1 if dim == member.dim else 1 for dim in range(dims)])
+        part = padded[unit]
+        for other in units:
+            part = torch.where((unit == other) & (unit >= 0), 1.0, part)
+        units.append(unit)
+        factor = factor * part
+    return factor
+
+
+def each(curvature: Callable[[Tensor], Tensor], steps: Tensor, chunk: int, bar: tqdm) -> Iterator[Tensor]:
+    """Yield the curvature along steps ``[K, size]``, a chunk at a time where that can be vectorised."""
+    start = 0
+    while chunk > 1 and start < len(steps):
+        some = steps[start : start + chunk]
+        try:
+            found = torch.func.vmap(curvature)(some)
+        except (RuntimeError, NotImplementedError):
+            break
+        yield found.detach()
+        start += len(some)
+        bar.update(len(some))
+    for step in steps[start:]:
+        yield curvature(step).detach()[None]
+        bar.update()
+
+
+def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Return ``Σ left · right`` over all entries of all tensors."""
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
