@@ -27,9 +27,10 @@ from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, PruneLabError
 from prunelab.plan import Plan
 from prunelab.recorder import first_line, named_tensors
-from prunelab.replay_graph import Builder, Sizes
-from prunelab.replay_ops import Inexpressible
+from prunelab.replay_graph import Builder, constant
+from prunelab.replay_inputs import Sizes
 from prunelab.replay_sizes import batch_of, choices, resized, with_batch
+from prunelab.replay_step import Inexpressible
 from prunelab.surgery import PLANS, apply, masks, open_plan
 from prunelab.tape import record
 
@@ -41,15 +42,15 @@ class Replayed(fx.GraphModule):
 
     Parameters and buffers have the names they had in the original, and ``state_dict`` its keys.  The operators are
     those of eval mode; batch norm and dropout follow ``train()``, and nothing else that only happens in training does
-    (auxiliary heads, stochastic depth, dropout within attention).
+    (auxiliary heads, stochastic depth, dropout within attention).  Gradients do not stop where code said ``no_grad``.
 
     Attributes:
-        sizes: name of an input tensor -> its sizes, ``None`` where any size will do.
-        structure: how what it returns is nested.
+        input_sizes: name of an input tensor -> its sizes, ``None`` where any size will do.
+        result_structure: how what it returns is nested.
     """
 
-    sizes: Sizes
-    structure: TreeSpec
+    input_sizes: Sizes
+    result_structure: TreeSpec
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "Replayed") -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)
@@ -90,13 +91,13 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
     fresh = {} if compensate is None else make_up(model, plan, builder.source, builder.kept, compensate)
     root = _skeleton(model, builder, fresh)
     module = Replayed(root, builder.nodes, f"Replayed{type(model).__name__}")
-    module.sizes, module.structure = builder.sizes, builder.tapes[0].spec
-    module.train(model.training)
+    module.input_sizes, module.result_structure = builder.sizes, builder.tapes[0].spec
+    module.training = model.training
     _rehearse(module, plan.inputs, builder)
     if not any(size is None for sizes in builder.sizes.values() for size in sizes):
         warnings.warn(
             f"{type(model).__name__} was rebuilt for inputs of exactly the sizes {builder.sizes}: its code computes "
-            "with the batch size in a way that the graph back end cannot follow.",
+            f"with the batch size in a way that the graph back end cannot follow. {builder.reason}",
             stacklevel=4,
         )
     remembered = dataclasses.replace(plan, budget={**plan.budget, "backend": "graph"})
@@ -119,13 +120,15 @@ def _built(model: nn.Module, plan: Plan) -> Builder:
             if given:
                 raise
             continue
+        reason = ""
         for others, least in choices(model, inputs, base, fixed=given):
             try:
                 builder = Builder(model, graph, kept, [base, *others], least)
                 builder.build()
+                builder.reason = reason
                 return builder
-            except Inexpressible:
-                continue
+            except Inexpressible as error:
+                reason = str(error)
     raise AssertionError("with fixed sizes every number is what it was")
 
 
@@ -185,13 +188,15 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
             for name, buffer in module._buffers.items():
                 saved = name not in module._non_persistent_buffers_set
                 out.register_buffer(name, None if buffer is None else made[id(buffer)], persistent=saved)
+            if "running_mean" in module._buffers and hasattr(module, "momentum"):
+                out.momentum = module.momentum
             for name, child in module._modules.items():
                 out.add_module(name, None if child is None else hollow(child))
         return made[id(module)]
 
     root = hollow(model)
     for number, tensor in enumerate(builder.tapes[0].constants):
-        root.register_buffer(f"constant_{number}", tensor.detach().clone(), persistent=False)
+        root.register_buffer(constant(number), tensor.detach().clone(), persistent=False)
     return root
 
 

@@ -6,26 +6,24 @@ shape that every node must have.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import GetAttrKey, MappingKey, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from prunelab.axes import Axis
 from prunelab.errors import PlanError
 from prunelab.recorder import Op, named_tensors
-from prunelab.replay_calls import fitting, same
-from prunelab.replay_ops import Inexpressible, is_pure, replay_row
+from prunelab.replay_inputs import Sizes, add_inputs
+from prunelab.replay_ops import is_pure, replay_row
 from prunelab.replay_sizes import Varying, merged
+from prunelab.replay_step import Inexpressible
 from prunelab.surgery import Kept
 from prunelab.tape import Ref, Tape
 from prunelab.trace import DependencyGraph
-
-Sizes = dict[str, tuple[int | None, ...]]
 
 
 class Builder:
@@ -37,6 +35,8 @@ class Builder:
         kept: what stays of every axis.
         sizes: name of an input tensor -> its sizes, ``None`` where free.
         least: the smallest batch that the graph is right for.
+        reason: why no more sizes are free, where it is known.
+        floating: nodes of the input tensors of a floating type.
         shapes: node -> its shape on each of the tapes, after the cut.
     """
 
@@ -46,6 +46,8 @@ class Builder:
         self.ops = _aligned(model, graph, tapes[0])
         self.nodes = fx.Graph()
         self.sizes: Sizes = {}
+        self.floating: list[fx.Node] = []
+        self.reason = ""
         self.shapes: dict[fx.Node, list[tuple[int, ...] | None]] = {}
         self._env: dict[Ref, fx.Node] = {}
         self._memo: dict[Any, fx.Node] = {}
@@ -61,14 +63,14 @@ class Builder:
             Inexpressible: a number follows the inputs in a way that the graph cannot say.
             PlanError: an operator cannot follow the cut.
         """
-        self._inputs()
+        add_inputs(self)
         for number, row in enumerate(self.rows):
             self._at = number
             replay_row(self, number, row)
         result = tree_unflatten([self.node(value) for value in self.tapes[0].result], self.tapes[0].spec)
         if not _plain(result):
             flat = [self.node(value) for value in self.tapes[0].result]
-            result = self.call(tree_unflatten, flat, self.attribute("structure"))
+            result = self.call(tree_unflatten, flat, self.attribute("result_structure"))
         self.nodes.output(result)
         for node in reversed(self.nodes.nodes):
             if not node.users and is_pure(node):
@@ -152,7 +154,7 @@ class Builder:
         if value not in self._env:
             if value.kind == "op":
                 raise PlanError(f"{self.where(value.key)} gives a by-product that cannot be rebuilt: ignore it.")
-            name = f"constant_{value.key}" if value.kind == "constant" else value.key
+            name = constant(value.key) if value.kind == "constant" else value.key
             node = self.attribute(name)
             self._env[value] = self.call(torch.ops.aten.detach.default, node) if value.kind == "data" else node
         return self._env[value]
@@ -178,7 +180,7 @@ class Builder:
     def _follows(self, what: str) -> Any:
         """Return the type or device of the first input tensor of a floating type, else of the first parameter."""
         if what not in self._memo:
-            like = next((node for node in self._floating), None)
+            like = next(iter(self.floating), None)
             name = next((name for name, t in named_tensors(self.model) if t.is_floating_point()), None)
             like = like if like is not None else None if name is None else self.attribute(name)
             if like is None:
@@ -197,6 +199,8 @@ class Builder:
         if was == stays and (place := self._place(value.values)):
             return self._length(*place)
         for lengths, place in self._given.items():
+            if not lengths[0]:
+                continue
             factor = value.values[0] // lengths[0]
             whole = all(number == factor * length for number, length in zip(value.values, lengths, strict=True))
             if whole and factor * stays % max(was, 1) == 0:
@@ -223,54 +227,17 @@ class Builder:
             self._memo[ref, dim] = self.call(torch.ops.aten.sym_size.int, self.node(ref), dim)
         return self._memo[ref, dim]
 
-    def counter(self, mean: str, momentum: float) -> tuple[fx.Node | None, float | None]:
-        """Return the count of batches that goes with a running mean, and the momentum in training."""
+    def statistics(self, mean: str, momentum: float) -> tuple[fx.Node, fx.Node | None, float | None]:
+        """Return what batch norm in training needs, by its running mean: mode, count of batches and momentum."""
         owner = mean.rpartition(".")[0]
-        count = f"{owner}.num_batches_tracked" if owner else "num_batches_tracked"
-        if count not in self.source.dims:
-            return None, momentum
-        return self.attribute(count), getattr(self.model.get_submodule(owner), "momentum", momentum)
-
-    def _inputs(self) -> None:
-        """Add a placeholder per argument, a check of its sizes, and nodes for the tensors in it."""
-        self._floating: list[fx.Node] = []
-        base = self.tapes[0]
-        places: dict[Any, fx.Node] = {}
-        for path in sorted(base.inputs, key=lambda path: self._order(path)):
-            value = base.inputs[path]
-            if path[:2] not in places:
-                places[path[:2]] = self.nodes.placeholder(self._name(path))
-            node, name = places[path[:2]], self._name(path)
-            for key in path[2:]:
-                step = key.name if isinstance(key, GetAttrKey) else key.key if isinstance(key, MappingKey) else key.idx
-                node = self.call(getattr if isinstance(key, GetAttrKey) else operator.getitem, node, step)
-                name += f"{key}"
-            if not isinstance(value, torch.Size):
-                self.call(same, node, value, name)
-                continue
-            shapes = list(zip(*(tape.inputs[path] for tape in self.tapes), strict=True))
-            self.sizes[name] = tuple(s[0] if len(set(s)) == 1 else None for s in shapes)
-            checked = self.call(fitting, node, self.sizes[name], name, self.least)
-            self.give(Ref("input", path), checked)
-            if base.types[path].is_floating_point:
-                self._floating.append(checked)
-
-    def _parameters(self) -> list[str]:
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        found = inspect.signature(self.model.forward).parameters.values()
-        return [parameter.name for parameter in found if parameter.kind in kinds]
-
-    def _name(self, path: tuple) -> str:
-        if isinstance(path[1], MappingKey):
-            return path[1].key
-        names = self._parameters()
-        return names[path[1].idx] if path[1].idx < len(names) else f"input_{path[1].idx}"
-
-    def _order(self, path: tuple) -> int:
-        if not isinstance(path[1], MappingKey):
-            return path[1].idx
-        names = self._parameters()
-        return names.index(path[1].key) if path[1].key in names else len(names)
+        before = f"{owner}." if owner else ""
+        count = (
+            self.attribute(f"{before}num_batches_tracked")
+            if f"{before}num_batches_tracked" in self.source.dims
+            else None
+        )
+        momentum = getattr(self.model.get_submodule(owner), "momentum", momentum)
+        return self.attribute(f"{before}training"), count, momentum
 
 
 def _aligned(model: nn.Module, graph: DependencyGraph, tape: Tape) -> list[Op | None]:
@@ -293,6 +260,11 @@ def _scaled(shape: tuple[int, ...], was: tuple[int, ...], stays: tuple[int, ...]
     if len(shape) != len(was):
         return None
     return tuple(n if a == b else n * b // a for n, a, b in zip(shape, was, stays, strict=True))
+
+
+def constant(number: int) -> str:
+    """Return the name of the buffer that holds a tensor of the model's code."""
+    return f"constant_of_the_code_{number}"
 
 
 def _plain(value: Any) -> bool:

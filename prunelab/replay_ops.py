@@ -20,6 +20,7 @@ from prunelab.axes import regroup
 from prunelab.errors import PlanError
 from prunelab.replay_calls import batch_norm_in_mode
 from prunelab.replay_sizes import Varying
+from prunelab.replay_step import Step
 from prunelab.tape import Ref, Row
 
 if TYPE_CHECKING:
@@ -29,62 +30,11 @@ aten = torch.ops.aten
 
 HARMLESS = {"dim", "dims", "dim0", "dim1", "kernel_size", "stride", "padding", "dilation", "output_padding", "pad"}
 HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor", "downscale_factor", "padding_idx"}
-HARMLESS |= {"correction", "memory_format"}
+HARMLESS |= {"correction", "memory_format", "divisor_override"}
 """Integers that stay as they are when channels are cut: places, and sizes in space."""
 
 UNKNOWN = {"new_empty_strided", "empty_strided", "unfold", "im2col", "col2im"}
 """Operators whose integers follow the layout in memory."""
-
-
-class Step:
-    """One row on its way into the graph: its arguments by name, and where its results go."""
-
-    def __init__(self, builder: Builder, number: int, row: Row) -> None:
-        self.builder, self.number, self.row, self.where = builder, number, row, builder.where(number)
-        self.name = row.func._schema.name.removeprefix("aten::")
-        self.values: dict[str, Any] = {}
-        for place, argument in enumerate(row.func._schema.arguments):
-            given = row.args[place] if place < len(row.args) else row.kwargs.get(argument.name, argument.default_value)
-            self.values[argument.name] = given
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def out(self, place: int = -1) -> Ref:
-        """Return where a result of this row is known."""
-        return Ref("op", self.number, place)
-
-    def was(self, ref: Ref) -> tuple[int, ...]:
-        """Return the shape of a tensor on the tape."""
-        return self.builder.was(ref)
-
-    def stays(self, ref: Ref) -> tuple[int, ...]:
-        """Return what is kept of it."""
-        return self.builder.stays(ref)
-
-    def number_of(self, value: Any, was: int, stays: int) -> Any:
-        """Return the integer to call with for one that was ``was`` on the tape."""
-        return self.builder.number(value, was, stays)
-
-    def size(self, ref: Ref, rest: bool = False) -> list[Any]:
-        """Return the sizes that a result must have; with ``rest`` one that follows the inputs somehow may be -1.
-
-        Raises:
-            Inexpressible: there is more than one such size, or one may not be -1.
-        """
-        found: list[Any] = []
-        for value, was, stays in zip(self.builder.sizes_of(ref), self.was(ref), self.stays(ref), strict=True):
-            try:
-                found.append(self.number_of(value, was, stays))
-            except Inexpressible:
-                if not rest or -1 in found:
-                    raise
-                found.append(-1)
-        return found
-
-    def give(self, func: Any, *args: Any, place: int = -1, **kwargs: Any) -> None:
-        """Call ``func``; what it returns is this row's result."""
-        self.builder.give(self.out(place), self.builder.call(func, *args, **kwargs))
 
 
 # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,6 +79,9 @@ def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
 
 def view(step: Step) -> None:
     """A view; where nothing writes through it, one that also takes tensors that lie differently in memory."""
+    if step.row.func is aten.view.dtype:
+        plain(step)
+        return
     ref = step.out()
     func = aten.view.default if step.builder.written_later(ref) else aten.reshape.default
     step.give(func, step.builder.node(step["self"]), step.size(ref, rest=True))
@@ -262,8 +215,8 @@ def batch_norm(step: Step) -> None:
     if always or not isinstance(mean, Ref) or mean.kind != "tensor":
         step.give(F.batch_norm, *node, always, momentum, eps, place=0)
         return
-    count, momentum = builder.counter(mean.key, momentum)
-    step.give(batch_norm_in_mode, *node, count, builder.attribute("training"), momentum, eps, place=0)
+    training, count, momentum = builder.statistics(mean.key, momentum)
+    step.give(batch_norm_in_mode, *node, count, training, momentum, eps, place=0)
 
 
 def shuffle(step: Step) -> None:
@@ -282,7 +235,7 @@ def fresh(step: Step) -> None:
 Rule = Callable[[Step], None]
 
 RULES: dict[Rule, str] = {
-    view: "view _unsafe_view reshape",
+    view: "view _unsafe_view _reshape_alias",
     stride: "as_strided",
     repeat: "repeat",
     slice_: "slice",
@@ -302,10 +255,6 @@ RULES: dict[Rule, str] = {
 """The table; operators that are not in it are called as they were (``plain``)."""
 
 _BY_NAME: dict[str, Rule] = {name: rule for rule, names in RULES.items() for name in names.split()}
-
-
-class Inexpressible(Exception):
-    """A size follows the inputs in a way that the graph cannot say."""
 
 
 def replay_row(builder: Builder, number: int, row: Row) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PlanError
@@ -31,6 +31,8 @@ def alike(tape: Tape, other: Tape, differ: type = int) -> bool:
     """Tell whether two runs made the same calls, with arguments that differ at most in values of one type."""
     if len(tape.rows) != len(other.rows) or tape.result != other.result or tape.spec != other.spec:
         return False
+    if len(tape.constants) != len(other.constants) or (differ is int and not _equal(tape.constants, other.constants)):
+        return False
     for one, two in zip(tape.rows, other.rows, strict=True):
         first, second = (tree_leaves((row.args, row.kwargs)) for row in (one, two))
         if one.func is not two.func or len(first) != len(second) or one.shapes.keys() != two.shapes.keys():
@@ -38,6 +40,11 @@ def alike(tape: Tape, other: Tape, differ: type = int) -> bool:
         if not all(type(a) is type(b) and (type(a) is differ or a == b) for a, b in zip(first, second, strict=True)):
             return False
     return True
+
+
+def _equal(constants: list[Tensor], others: list[Tensor]) -> bool:
+    """Tell whether tensors that the code holds, or makes of numbers, are the same in both runs."""
+    return all(one.shape == two.shape and torch.equal(one, two) for one, two in zip(constants, others, strict=True))
 
 
 def merged(tapes: list[Tape]) -> list[Row]:

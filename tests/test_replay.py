@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -144,7 +145,7 @@ def test_the_batch_is_free_whatever_it_was_traced_with(traced: int):
     model, _ = BAKED[0].make()
     plan = random_plan(model, torch.randn(traced, 5, 3).double())
     graph, silent = rebuilt(model, plan), pl.masked(model, plan)
-    assert graph.sizes == {"x": (None, 5, 3)}
+    assert graph.input_sizes == {"x": (None, 5, 3)}
     for batch in (1, 2, 7):
         x = torch.randn(batch, 5, 3).double()
         assert close(graph(x), silent(x))
@@ -155,7 +156,7 @@ def test_image_sizes_are_free_where_the_code_takes_them_from_tensors(height: int
     model, inputs = BAKED[2].make()
     plan = random_plan(model, inputs)
     graph, x = rebuilt(model, plan), torch.randn(3, 3, height, width).double()
-    assert graph.sizes == {"x": (None, 3, None, None)}
+    assert graph.input_sizes == {"x": (None, 3, None, None)}
     assert close(graph(x), pl.masked(model, plan)(x))
 
 
@@ -177,6 +178,24 @@ def test_a_batch_size_in_the_code_is_fixed_with_a_warning():
         graph(torch.randn(3, 4))
 
 
+class Counted(nn.Module):
+    """Makes a tensor of the height, and of the batch size if asked to."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first, self.last, self.dim = nn.Conv2d(3, 6, 2), nn.Linear(6, 2), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).mean((2, 3))) * torch.tensor([1.0, 1.0 / x.shape[self.dim]])
+
+
+def test_a_tensor_made_of_a_size_fixes_that_size():
+    high, number, x = Counted(2), Counted(0), torch.randn(2, 3, 8, 8)
+    assert rebuilt(high, random_plan(high, x)).input_sizes == {"x": (None, 3, 8, 8)}
+    with pytest.warns(UserWarning, match="exactly the sizes"):
+        rebuilt(number, random_plan(number, x))
+
+
 class Padded(nn.Module):
     """Pads by parity of the height, so that other heights call other operators."""
 
@@ -191,7 +210,7 @@ class Padded(nn.Module):
 def test_an_image_size_that_steers_the_code_is_not_free():
     model = Padded()
     graph = rebuilt(model, random_plan(model, torch.randn(2, 3, 8, 8)))
-    assert graph.sizes == {"x": (None, 3, 8, 8)}
+    assert graph.input_sizes == {"x": (None, 3, 8, 8)}
     with pytest.raises(pl.BatchError, match=r"\[2, 3, 9, 8\]"):
         graph(torch.randn(2, 3, 9, 8))
 
@@ -238,7 +257,7 @@ def test_structures_of_inputs_and_outputs_stay():
         graph(**(inputs | {"flip": False}))
 
 
-def test_the_graph_moves_to_other_types_with_its_constants():
+def test_the_graph_moves_to_other_types_and_devices_with_its_constants():
     torch.manual_seed(0)
     model = Structured().eval()
     inputs = {"x": torch.randn(3, 4), "mask": torch.rand(3, 4) > 0.3, "flip": True}
@@ -247,6 +266,8 @@ def test_the_graph_moves_to_other_types_with_its_constants():
     inputs["x"] = inputs["x"].double()
     assert graph(**inputs)["out"].dtype == torch.float64
     assert error(graph(**inputs)["out"], silent(**inputs)["out"]) < 1e-6, "the constants were rounded to float32"
+    inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    assert graph.to("meta")(**inputs)["out"].device.type == "meta", "meta stands for any other device"
 
 
 class InPlace(nn.Module):
@@ -302,6 +323,27 @@ def test_it_trains_as_the_cut_class_does_batch_norm_included():
     assert int(graph.state_dict()["bn1.num_batches_tracked"]) == 3
 
 
+def test_a_batch_norm_that_is_frozen_stays_so():
+    torch.manual_seed(0)
+    model, x = perturb(pl.zoo.ResNet(8)).double(), torch.randn(4, 3, 16, 16).double()
+    model.bn1.eval()
+    graph = rebuilt(model, random_plan(model, x))
+    before = copy.deepcopy(graph.state_dict())
+    graph(x)
+    changed = {name for name, value in graph.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not any(name.startswith("bn1") for name in changed)
+
+
+def test_compensation_is_that_of_the_cut_class():
+    model, x = OWN[0].make()
+    plan, batches = random_plan(model, x), [(torch.randn(8, 3, 8, 8).double(), torch.arange(8) % 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which layers cannot be refitted
+        graph = pl.apply(model, plan, backend="graph", compensate=batches)
+        module = pl.apply(model, plan, backend="module", compensate=batches)
+    assert close(graph(x), module(x)) and not close(graph(x), rebuilt(model, plan)(x))
+
+
 def test_dropout_follows_the_mode():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 2)).eval(), torch.randn(3, 4)
@@ -313,7 +355,7 @@ def test_a_copy_is_whole_and_apart():
     model, inputs = OWN[0].make()
     graph = rebuilt(model, random_plan(model, inputs))
     twin = copy.deepcopy(graph)
-    assert list(twin.state_dict()) == list(graph.state_dict()) and twin.sizes == graph.sizes
+    assert list(twin.state_dict()) == list(graph.state_dict()) and twin.input_sizes == graph.input_sizes
     assert close(twin(inputs), graph(inputs))
     with torch.no_grad():
         twin.last.bias += 1
