@@ -67,6 +67,15 @@ def factorize(
         PlanError: the scores are not EigenDamage's or do not fit the model; or ``ignore`` names something unknown.
 
     Source: Wang et al. 2019, *EigenDamage*, section 4; choosing ranks by what they cost is ours.
+
+    >>> from prunelab import trace
+    >>> from prunelab.criteria import EigenDamage
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32, 4))
+    >>> images, labels = torch.randn(50, 3, 5, 5), torch.arange(50) % 4
+    >>> scores = EigenDamage()(trace(model, images[:1]), [(images, labels)])
+    >>> small = factorize(model, scores, flops=0.5)
+    >>> type(small[2]).__name__, count(small, images).flops <= 0.5 * count(model, images).flops
+    ('Bottleneck', True)
     """
     kind, share = _budget(flops, params)
     if per not in ("auto", "flops", "params", "unit"):

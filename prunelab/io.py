@@ -80,11 +80,11 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     return out
 
 
-STEPS: dict[str, type[Factorized] | type[Sparsified]] = {"factorize": Factorized, "sparsify": Sparsified}
+STEPS: dict[Any, Any] = {"factorize": Factorized, "sparsify": Sparsified}
 """What else than a plan may have made a model, by the word that stands in the file."""
 
 
 def _step(data: Any) -> Plan | Factorized | Sparsified:
     """Return one of the steps that made a model; plans are the rule, others say what they are."""
-    kind: Any = STEPS.get(data.get("action"), Plan) if isinstance(data, dict) else Plan
+    kind = STEPS.get(data.get("action"), Plan) if isinstance(data, dict) else Plan
     return kind.from_json(json.dumps(data))
