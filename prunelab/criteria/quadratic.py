@@ -21,6 +21,7 @@ from prunelab.curvature.hvp import leaves, pieces, pulled, slopes
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
+from prunelab.curvature.unit_slopes import UnitSlopes
 from prunelab.errors import BatchError, BudgetError
 from prunelab.groups import Group, Member
 from prunelab.trace import DependencyGraph
@@ -38,8 +39,10 @@ class Quadratic(Criterion):
     they are, so silencing them would change nothing.)
 
     All units of a group are scaled by numbers s, one each; δ is the step −1 in s_u, so that ``gᵀδ = −∂L/∂s_u`` and
-    ``δᵀHδ = ∂²L/∂s_u²``.  One forward and backward pass per group leaves a graph on which every unit costs one more
-    backward pass (two for the part behind its first layer, no more).
+    ``δᵀHδ = ∂²L/∂s_u²``.  Cost for ``"hessian"``: per group one forward and one backward pass, and per unit one more
+    backward pass through both, from the end of the network to the unit's first layer.  For ``"ggn"``: one forward pass
+    and one backward pass per output for all units together, where their parameters are used by layers, norms and
+    broadcasting alone and the outputs are fewer than the units; else as for ``"hessian"``, at two thirds of the cost.
 
     Args:
         curvature: ``"hessian"``, exact, or ``"ggn"``, its Gauss-Newton part, which is never negative.
@@ -85,24 +88,47 @@ class Quadratic(Criterion):
         """
         given = batches.batches if isinstance(batches, Statistics) else batches
         total = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in graph.groups}
+        together: UnitSlopes | None = None
         seen = 0
         bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
         with evaluating(graph.model), bar:
-            for parameter in graph.model.parameters():
-                parameter.requires_grad_(False)
             for number, inputs, targets in pieces(graph.model, given, "quadratic"):
                 bar.total += sum(group.size for group in graph.groups)
-                for group in graph.groups:
-                    with torch.enable_grad():
-                        found = self._group(graph.model, group, inputs, targets, bar, check=not seen)
-                    if not bool(found.isfinite().all()):
+                if not seen:
+                    if self.curvature == "ggn":
+                        together = UnitSlopes(graph.model, graph.groups, inputs)
+                    for parameter in graph.model.parameters():
+                        parameter.requires_grad_(False)
+                for group, sums in self._sums(graph, together, inputs, targets, bar, check=not seen):
+                    if not bool(sums.isfinite().all()):
                         raise BatchError(
                             f"The derivatives in the units of `{group.name}` are not finite in batch {number}: "
                             "check its inputs."
                         )
-                    total[group.name] += found.double().cpu()
+                    total[group.name] += sums.double().cpu()
                 seen += len(targets)
         return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
+
+    def _sums(
+        self,
+        graph: DependencyGraph,
+        together: UnitSlopes | None,
+        inputs: Any,
+        targets: Tensor,
+        bar: tqdm,
+        *,
+        check: bool,
+    ) -> Iterator[tuple[Group, Tensor]]:
+        """Yield ``[2, size]`` for every group, as ``_group`` does."""
+        found = together.sums(inputs, targets, self.loss, check=check) if together and together.groups else None
+        done = together.groups if together and found else ()
+        if found:
+            yield from zip(done, torch.stack(found).split([group.size for group in done], 1), strict=True)
+            bar.update(sum(group.size for group in done))
+        for group in graph.groups:
+            if group not in done:
+                with torch.enable_grad():
+                    yield group, self._group(graph.model, group, inputs, targets, bar, check=check)
 
     def _group(self, model: nn.Module, group: Group, inputs: Any, targets: Tensor, bar: tqdm, check: bool) -> Tensor:
         """Return ``∂L/∂s`` and the diagonal of ``∂²L/∂s²``, ``[2, size]``, summed over the samples."""
