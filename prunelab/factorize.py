@@ -69,6 +69,7 @@ def factorize(
     Source: Wang et al. 2019, *EigenDamage*, section 4; choosing ranks by what they cost is ours.
 
     >>> from prunelab import trace
+    >>> _ = torch.manual_seed(0)
     >>> from prunelab.criteria import EigenDamage
     >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32, 4))
     >>> images, labels = torch.randn(50, 3, 5, 5), torch.arange(50) % 4
