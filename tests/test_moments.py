@@ -11,7 +11,7 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torch.autograd.functional import hessian as hessian_of
 
-from prunelab.curvature import moments
+from prunelab.curvature import products
 from prunelab.curvature.collect import collect
 from prunelab.curvature.fisher import sampled_labels
 from prunelab.curvature.layout import Layout, routes
@@ -292,7 +292,7 @@ def test_chunks_of_any_size_give_the_same(monkeypatch):
     model, inputs = MORE[0].make()
     targets = torch.arange(4) % 3
     whole = collect(model, [(inputs, targets)], {"moments"}).moments
-    monkeypatch.setitem(moments.CHUNK, "cpu", 1)
+    monkeypatch.setitem(products.CHUNK, "cpu", 1)
     agree(collect(model, [(inputs, targets)], {"moments"}).moments, whole)
 
 
@@ -334,3 +334,13 @@ class Mean(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 2**19])
+@pytest.mark.parametrize("positions", [1, 2, 4, 5, 9])
+def test_squared_products_by_pairs_or_by_pieces(positions, chunk, monkeypatch):
+    monkeypatch.setitem(products.CHUNK, "cpu", chunk)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(7, 2, rows, positions, generator=generator).double() for rows in (11, 3))
+    found = products.squared_products(lambda n: left[n], lambda n: right[n], 7, (2, 11, 3, positions))
+    torch.testing.assert_close(found, (left @ right.mT).square().sum(0))

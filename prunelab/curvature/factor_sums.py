@@ -16,9 +16,9 @@ from torch import Tensor
 
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout
-from prunelab.curvature.moments import ranges
 from prunelab.curvature.patches import coverage, patches
 from prunelab.curvature.per_sample import Part, as_float, conv_part, linear_part
+from prunelab.curvature.products import ranges
 from prunelab.curvature.taps import LayerCall
 
 FACTORS = ("channel", "full")
@@ -80,7 +80,7 @@ def gradient_sums(call: LayerCall, gradient: Tensor, weight: Tensor) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """Return ``Σ r rᵀ`` over the rows ``[count, n]``: the blocks above the diagonal, and their mirror images."""
     width = rows.shape[1]
-    step = 64 if rows.device.type == "cpu" else 512
+    step = 48 if rows.device.type == "cpu" else 512
     if width < 2 * step:
         return rows.mT @ rows
     total = rows.new_empty(width, width)
@@ -147,12 +147,18 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
     else:
         part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s), weight.shape)
 
+    turn = factors.factor == "full" and call.kind != "linear"
+
     def gradients(n: slice) -> Tensor:
         found = torch.vmap(factors.split)(part.gradients(n))
-        return torch.vmap(factors.rotate)(found) if factors.factor == "full" and call.kind != "linear" else found
+        return torch.vmap(factors.rotate)(found) if turn else found
 
-    shape = factors.split(weight[call.rows]).shape
-    return replace(part, name=key, rows=slice(0, shape[0]), gradients=gradients)
+    def squares() -> Tensor:
+        assert part.squares is not None
+        return factors.split(part.squares())
+
+    rows = slice(0, factors.split(weight[call.rows]).shape[0])
+    return replace(part, name=key, rows=rows, gradients=gradients, squares=None if turn else squares)
 
 
 def _rotated(images: Tensor, vectors: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """Moments: ``E[g_n²]`` for every weight, g_n the gradient of one sample's loss: the diagonal of a Fisher.
 
-One backward pass gives the gradients of all layer outputs, for all samples at once.  Where a sample has one position,
-
-    Σ_n (g_n a_nᵀ)² = (g²)ᵀ (a²),
-
-a single matrix product; elsewhere the gradients of a few samples at a time are made, squared and added up.  Nothing
-loops over samples, and no more than a chunk of per-sample gradients exists at any time.
+One backward pass gives the gradients of all layer outputs, for all samples at once.  For most layers ``products``
+finishes from there; where a parameter is used several times, the gradients of a few samples at a time are made, squared
+and added up.  Nothing loops over samples, and no more than a chunk of per-sample gradients exists at any time.
 
 Flows in: calls with their layouts and output gradients.  Flows out: sums of squares by parameter name.  Notebook 04_obd
 derives them.
@@ -19,9 +16,7 @@ import torch
 from torch import Tensor
 
 from prunelab.curvature.per_sample import Part
-
-CHUNK = {"cpu": 2**19}
-"""How many numbers a chunk may hold, by device: on a CPU what its caches hold."""
+from prunelab.curvature.products import ranges
 
 
 def squared_sums(parts: Iterable[Part]) -> Iterator[tuple[str, slice, Tensor]]:
@@ -66,10 +61,3 @@ def _chunked(rows: slice, parts: list[Part]) -> Tensor:
         squares = gradients.square_().sum(0)
         total = squares if n.start == 0 else total.add_(squares)
     return total
-
-
-def ranges(samples: int, size: int, device: torch.device) -> Iterator[slice]:
-    """Yield ranges of samples such that ``size`` numbers for each of them fill a chunk."""
-    step = max(1, CHUNK.get(device.type, 2**25) // max(1, size))
-    for start in range(0, samples, step):
-        yield slice(start, min(samples, start + step))

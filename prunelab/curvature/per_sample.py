@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunelab.curvature.layout import Layout
 from prunelab.curvature.patches import patches
+from prunelab.curvature.products import Stack, squared_products
 from prunelab.curvature.taps import LayerCall
 
 
@@ -70,16 +71,15 @@ def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> 
 
 def linear_part(call: LayerCall, inputs: Tensor, gradients: Tensor) -> Part:
     """Return the part of a linear layer's weight: inputs ``[B, R, in]`` and output gradients ``[B, R, out]``."""
-    samples, positions, width = inputs.shape
-    size = positions * (width + gradients.shape[2]) + width * gradients.shape[2]
+    shape = (1, gradients.shape[2], inputs.shape[2], inputs.shape[1])
 
-    def outer(n: slice) -> Tensor:
-        return as_float(gradients[n]).mT @ as_float(inputs[n])
+    def left(n: slice) -> Tensor:
+        return as_float(gradients[n]).mT[:, None]
 
-    def squares() -> Tensor:
-        return as_float(gradients[:, 0]).square().mT @ as_float(inputs[:, 0]).square()
+    def right(n: slice) -> Tensor:
+        return as_float(inputs[n]).mT[:, None]
 
-    return Part(call.weight, call.rows, samples, inputs.device, size, outer, squares if positions == 1 else None)
+    return _product_part(call, left, right, len(inputs), shape, shape[1:3], inputs.device)
 
 
 def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Part:
@@ -90,16 +90,43 @@ def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.S
     seen, rows = (inputs, gradients) if call.kind == "conv" else (gradients, inputs)
     samples, copies, channels, *_ = seen.shape
     kernel, places = shape[2:], rows.shape[3:]
-    size = copies * channels * math.prod(kernel) * math.prod(places) + math.prod(shape)
+    positions = math.prod(places)
 
-    def outer(n: slice) -> Tensor:
-        windows = patches(as_float(seen[n]).flatten(0, 1), call, kernel, places)
-        windows = windows.reshape(len(windows), call.groups, -1, math.prod(places))
-        found = as_float(rows[n]).reshape(len(windows), call.groups, -1, math.prod(places)) @ windows.mT
-        found = found.view(-1, copies, rows.shape[2], channels // call.groups, *kernel)
-        return found.squeeze(1) if copies == 1 else found.sum(1)
+    def by_group(images: Tensor) -> Tensor:  # the images of a sample are positions of its own
+        split = images.reshape(-1, copies, call.groups, images[0].numel() // (call.groups * positions), positions)
+        return split[:, 0] if copies == 1 else split.movedim(1, 3).flatten(3)
 
-    return Part(call.weight, call.rows, samples, seen.device, size, outer)
+    def left(n: slice) -> Tensor:
+        return by_group(as_float(rows[n]).flatten(0, 1))
+
+    def right(n: slice) -> Tensor:
+        return by_group(patches(as_float(seen[n]).flatten(0, 1), call, kernel, places))
+
+    sizes = (call.groups, rows.shape[2] // call.groups, channels // call.groups * math.prod(kernel), copies * positions)
+    part_shape = (rows.shape[2], channels // call.groups, *kernel)
+    return _product_part(call, left, right, samples, sizes, part_shape, seen.device)
+
+
+def _product_part(
+    call: LayerCall,
+    left: Stack,
+    right: Stack,
+    samples: int,
+    sizes: tuple[int, int, int, int],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> Part:
+    """Return the part whose gradients are L Rᵀ, see ``products``; ``shape`` is that of the weight's rows."""
+    groups, rows, columns, positions = sizes
+    size = groups * ((rows + columns) * positions + rows * columns)
+
+    def gradients(n: slice) -> Tensor:
+        return (left(n) @ right(n).mT).reshape(-1, *shape)
+
+    def squares() -> Tensor:
+        return squared_products(left, right, samples, sizes).view(shape)
+
+    return Part(call.weight, call.rows, samples, device, size, gradients, squares)
 
 
 def as_float(tensor: Tensor) -> Tensor:
