@@ -66,11 +66,15 @@ def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     copy = fakes.fake_model(model, mode).eval()
     args, kwargs = fakes.fake_inputs(example_inputs, mode)
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FLOPS)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
     try:
         with torch.no_grad(), mode, counter:
             copy(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     tensors = [*model.parameters(), *model.buffers()]
     return Cost(
         flops=int(counter.get_total_flops()),

@@ -104,8 +104,7 @@ class FreeWindowAttention(ShiftedWindowAttention):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
         windows = x.unflatten(2, (grid[1], columns)).unflatten(1, (grid[0], rows)).transpose(2, 3)
         windows = windows.flatten(3, 4).flatten(0, 2)
-        qkv = F.linear(windows, self.qkv.weight, self._qkv_bias())
-        query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = self._qkv(windows).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = self._scores(query, key) + position
         if any(shift):
             scores = scores.unflatten(0, (-1, grid[0] * grid[1])) + self._mask(x, grid, shift)[:, None]
@@ -117,8 +116,8 @@ class FreeWindowAttention(ShiftedWindowAttention):
             out = out.roll((shift[0], shift[1]), (1, 2))
         return out[:, :height, :wide].contiguous()
 
-    def _qkv_bias(self) -> Tensor | None:
-        return self.qkv.bias
+    def _qkv(self, windows: Tensor) -> Tensor:
+        return self.qkv(windows)
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
         return query * self.scale @ key.transpose(-2, -1)
@@ -138,6 +137,9 @@ class FreeWindowAttention(ShiftedWindowAttention):
 
 class FreeWindowAttentionV2(FreeWindowAttention, ShiftedWindowAttentionV2):
     """The second version: cosine attention, no bias for keys, position bias from a small network."""
+
+    def _qkv(self, windows: Tensor) -> Tensor:
+        return F.linear(windows, self.qkv.weight, self._qkv_bias())
 
     def _qkv_bias(self) -> Tensor | None:
         if self.qkv.bias is None:

@@ -46,3 +46,9 @@ def test_latency_grows_with_work():
     assert 0 < quick.median < slow.median and quick.spread >= 0
     with pytest.raises(pl.BatchError, match="shape 3, 5|shape \\[3, 5\\]"):
         pl.latency(small, torch.ones(3, 5))
+
+
+def test_attention_on_pytorchs_fast_path_is_counted_too():
+    layer, tokens = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(1, 5, 8)
+    projections, attention = 4 * 5 * 8 * 8 + 2 * 5 * 8 * 16, 2 * 2 * 5 * 5 * 4
+    assert pl.count(layer, tokens).flops == 2 * (projections + attention)
