@@ -171,6 +171,21 @@ def test_where_the_loss_is_quadratic_along_the_step_the_score_is_the_change_itse
         torch.testing.assert_close(scores[group][unit], change.detach().float())
 
 
+def test_a_loss_that_is_not_convex_in_the_outputs_has_a_hessian_all_the_same():
+    model, graph, batches = make("plain")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.sin().sum(1) * targets).mean()
+
+    g = exact.flat(list(mean_gradient(model, batches, loss).values()))
+    for curvature, matrix in (("hessian", exact.hessian), ("ggn", exact.ggn)):
+        dense = matrix(model, batches, loss)
+        scores = pl.criteria.Quadratic(curvature=curvature, loss=loss)(graph, batches)
+        for group, unit in units(graph):
+            delta = exact.flat(list(step(model, group, unit).values()))
+            torch.testing.assert_close(scores[group][unit], (g @ delta + delta @ dense @ delta / 2).float())
+
+
 def test_it_runs_on_the_networks_of_the_zoo():
     torch.manual_seed(0)
     vit = zoo.VisionTransformer(image_size=16, width=8, depth=1, heads=2, mlp_width=6)

@@ -39,10 +39,11 @@ class Quadratic(Criterion):
     they are, so silencing them would change nothing.)
 
     All units of a group are scaled by numbers s, one each; δ is the step −1 in s_u, so that ``gᵀδ = −∂L/∂s_u`` and
-    ``δᵀHδ = ∂²L/∂s_u²``.  Cost for ``"hessian"``: per group one forward and one backward pass, and per unit one more
-    backward pass through both, from the end of the network to the unit's first layer.  For ``"ggn"``: one forward pass
-    and one backward pass per output for all units together, where their parameters are used by layers, norms and
-    broadcasting alone and the outputs are fewer than the units; else as for ``"hessian"``, at two thirds of the cost.
+    ``δᵀHδ = ∂²L/∂s_u²``.  The Gauss-Newton part takes one forward pass, and one backward pass per output, for all units
+    together.  The functional part takes a forward and a backward pass per group, and per unit one more through both, in
+    the layers where it is not zero: with ReLU these lie between the unit's first and last layer, else they go on to the
+    end of the network.  (Where parameters are used in other ways than by layers, norms and broadcasting, or outputs are
+    more than units, the Gauss-Newton part goes through its units too.)
 
     Args:
         curvature: ``"hessian"``, exact, or ``"ggn"``, its Gauss-Newton part, which is never negative.
@@ -94,9 +95,8 @@ class Quadratic(Criterion):
         with evaluating(graph.model), bar:
             for number, inputs, targets in pieces(graph.model, given, "quadratic"):
                 bar.total += sum(group.size for group in graph.groups)
-                if not seen:
-                    if self.curvature == "ggn":
-                        together = UnitSlopes(graph.model, graph.groups, inputs)
+                if together is None:
+                    together = UnitSlopes(graph.model, graph.groups, inputs)
                     for parameter in graph.model.parameters():
                         parameter.requires_grad_(False)
                 for group, sums in self._sums(graph, together, inputs, targets, bar, check=not seen):
@@ -110,28 +110,35 @@ class Quadratic(Criterion):
         return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
 
     def _sums(
-        self,
-        graph: DependencyGraph,
-        together: UnitSlopes | None,
-        inputs: Any,
-        targets: Tensor,
-        bar: tqdm,
-        *,
-        check: bool,
+        self, graph: DependencyGraph, together: UnitSlopes, inputs: Any, targets: Tensor, bar: tqdm, *, check: bool
     ) -> Iterator[tuple[Group, Tensor]]:
-        """Yield ``[2, size]`` for every group, as ``_group`` does."""
-        found = together.sums(inputs, targets, self.loss, check=check) if together and together.groups else None
-        done = together.groups if together and found else ()
-        if found:
-            yield from zip(done, torch.stack(found).split([group.size for group in done], 1), strict=True)
-            bar.update(sum(group.size for group in done))
+        """Yield ``∂L/∂s`` and the diagonal of ``∂²L/∂s²``, ``[2, size]``, summed over the samples, for every group."""
+        known: dict[str, Tensor] = {}
+        try:
+            found = together.sums(inputs, targets, self.loss, check=check) if together.groups else None
+        except BatchError:  # the other way says what is wrong, or does without a convex loss
+            found = None
+        if found is None:
+            together.groups = ()
+        else:
+            parts = torch.stack(found).split([group.size for group in together.groups], 1)
+            known = {group.name: part for group, part in zip(together.groups, parts, strict=True)}
         for group in graph.groups:
-            if group not in done:
-                with torch.enable_grad():
-                    yield group, self._group(graph.model, group, inputs, targets, bar, check=check)
+            if self.curvature == "ggn" and group.name in known:
+                bar.update(group.size)
+                yield group, known[group.name]
+                continue
+            part = "gauss_newton" if self.curvature == "ggn" else "functional" if group.name in known else "exact"
+            with torch.enable_grad():
+                sums = self._group(graph.model, group, inputs, targets, part, bar, check=check)
+            if part == "functional":
+                sums[1] += known[group.name][1]
+            yield group, sums
 
-    def _group(self, model: nn.Module, group: Group, inputs: Any, targets: Tensor, bar: tqdm, check: bool) -> Tensor:
-        """Return ``∂L/∂s`` and the diagonal of ``∂²L/∂s²``, ``[2, size]``, summed over the samples."""
+    def _group(
+        self, model: nn.Module, group: Group, inputs: Any, targets: Tensor, part: str, bar: tqdm, *, check: bool
+    ) -> Tensor:
+        """Return ``∂L/∂s`` and one part of the diagonal of ``∂²L/∂s²``, ``[2, size]``, one unit after the other."""
         parameters = dict(model.named_parameters())
         like = next(iter(parameters.values()))
         s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
@@ -139,20 +146,19 @@ class Quadratic(Criterion):
             outputs = call(Replaced(model, scaled(parameters, group, s)), inputs)
         tensors = leaves(outputs)
         ends, found = slopes(outputs, targets, self.loss, check=check)
-        if self.curvature == "ggn":
-            (gradient,) = pulled(tensors, [s], [slope.detach() for slope in found])
-            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
-            (back,) = pulled(tensors, [s], dummies, on=True)
+        values, backs = tensors, [slope.detach() for slope in found]
+        if part == "exact":
+            values = [self.loss(outputs, targets) * len(targets)]
+            backs = [torch.ones_like(values[0])]
+        (gradient,) = pulled(values, [s], backs, on=part != "gauss_newton")
+        dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
+        (back,) = pulled(tensors, [s], dummies, on=True) if part == "gauss_newton" else (gradient,)
 
-            def curvature(step: Tensor) -> Tensor:
-                along = pulled([back], dummies, [step])
-                return sum_of_products(along, pulled(found, ends, along))
-        else:
-            value = self.loss(outputs, targets) * len(targets)
-            (gradient,) = pulled([value], [s], [torch.ones_like(value)], on=True)
-
-            def curvature(step: Tensor) -> Tensor:
-                return (pulled([gradient], [s], [step])[0] * step).sum()
+        def curvature(step: Tensor) -> Tensor:
+            if part != "gauss_newton":
+                return (pulled([back], [s], [step])[0] * step).sum()
+            along = pulled([back], dummies, [step])
+            return sum_of_products(along, pulled(found, ends, along))
 
         rows = list(each(curvature, torch.eye(group.size, dtype=s.dtype, device=s.device), self.chunk, bar))
         return torch.stack([gradient.detach(), torch.cat(rows)])
