@@ -3,8 +3,8 @@
     python -m bench.curvature [--networks resnet20 …] [--images 256] [--batch 128] [--out bench/curvature.md]
 
 All in one process, in turns, on trained networks and real images; a time is the median of the repeats over the median
-of the floor, which is the forward and backward pass of the same batches.  Memory is how much the resident set of a process
-of its own grows, over that of the floor.
+of the floor, the forward and backward pass of the same batches.  Memory is how much the resident set of a process of
+its own grows, over that of the floor.
 """
 
 from __future__ import annotations
