@@ -15,6 +15,7 @@ then cuts.  Notebook 11_compensation derives it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Compensation:
         sequential: refit layer by layer in forward order, each on what the cut and refitted layers before it give,
             towards the outputs of the whole model: later layers correct what earlier ones could not.  Needs batches;
             the default where ``source`` are batches.  At once, statistics serve any number of plans.
-        damping: share of each input's second moment that is added to it; more where there are few samples.
+        damping: share of each input's second moment that is added to it, which holds the weights where they are; by
+            default 0.01, and more for a layer whose inputs are few for its columns.
         memory: bytes that the second moment of one layer's inputs may take; where patches of a convolution would need
             more, channels are refitted alike at all kernel positions.
 
@@ -62,7 +64,7 @@ class Compensation:
     source: Statistics | Batches | None = None
     side: Literal["consumers", "producers"] = "consumers"
     sequential: bool | None = None
-    damping: float = 1e-2
+    damping: float | None = None
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class Compensation:
             raise BudgetError(f"side={self.side!r} is not one of consumers, producers.")
         if self.sequential and self.side == "producers":
             raise BudgetError("sequential=True refits consumers: leave side at 'consumers'.")
-        if not isinstance(self.damping, (int, float)) or not 0 <= self.damping < float("inf"):
+        if self.damping is not None and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
             raise BudgetError(f"damping={self.damping!r} is no number of at least 0.")
 
     @property

@@ -26,19 +26,23 @@ UNSEEN = "no layer with it was seen"
 DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
 
 
-def ridge(moment: Tensor, residual: Tensor, damping: float) -> Tensor | None:
+def ridge(moment: Tensor, residual: Tensor, damping: float | None, count: float) -> Tensor | None:
     """Return ``Δ = residual (moment + Λ)⁻¹``, Λ = damping · diag(moment); ``None`` if that matrix is singular.
+
+    By default the damping is 0.01 + k / 2N for k unknowns and a moment over N columns: the fewer columns there are, the
+    more of what they show is chance.
 
     Args:
         moment: ``C_KK``, float64 ``[k, k]``.
         residual: what is to be made up for, times the inputs that stay: ``E[e u_Kᵀ]``, float64 ``[rows, k]``.
         damping: relative to the diagonal, so that inputs of any scale are treated alike.
+        count: N.
     """
     scale = moment.diagonal().sqrt()
     dead = scale == 0  # inputs that are always zero: their weights stay as they are
     scale = scale.masked_fill(dead, 1)
     system = moment / scale / scale[:, None]
-    system.diagonal().fill_(1 + damping)
+    system.diagonal().fill_(1 + (0.01 + len(moment) / (2 * count) if damping is None else damping))
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or factor.diagonal().min() < 1e-7:  # the square of which is all that float64 can tell from zero
         return None
@@ -71,7 +75,7 @@ def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
 
 
 def refit_consumers(
-    model: nn.Module, moments: Mapping[str, InputMoment], graph: DependencyGraph, kept: Kept, damping: float
+    model: nn.Module, moments: Mapping[str, InputMoment], graph: DependencyGraph, kept: Kept, damping: float | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new weights and biases of all layers that lose columns, and those left as they are, with the reason.
 
@@ -108,7 +112,7 @@ def add(fresh: dict[str, Tensor], parameters: Mapping[str, Tensor], name: str, r
 
 
 def _refit(
-    found: InputMoment, weight: Tensor, stay: Tensor, constant: bool, damping: float
+    found: InputMoment, weight: Tensor, stay: Tensor, constant: bool, damping: float | None
 ) -> tuple[Tensor, Tensor] | None:
     """Return the change of the weight's rows and of the bias; ``None`` if the system is singular."""
     moment = found.moment
@@ -128,7 +132,7 @@ def _refit(
             continue
         used = torch.cat([rest, rest.new_full((1,), width)]) if constant else rest
         among, across = moment[group][used][:, used], moment[group][gone][:, used]
-        solved = ridge(among, flat[group][:, gone] @ across, damping)
+        solved = ridge(among, flat[group][:, gone] @ across, damping, found.count)
         if solved is None:
             return None
         change[group][:, rest] = solved[:, : len(rest)]
@@ -162,7 +166,7 @@ def _check_model(found: Mapping[str, Layer], parameters: Mapping[str, Tensor]) -
 
 
 def refit_producers(
-    model: nn.Module, factors: Mapping[str, Factors], graph: DependencyGraph, kept: Kept, damping: float
+    model: nn.Module, factors: Mapping[str, Factors], graph: DependencyGraph, kept: Kept, damping: float | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new rows of all layers that lose some: ``W_J + (S_JJ + Λ)⁻¹ S_JR W_R``, biases included.
 
@@ -182,7 +186,7 @@ def refit_producers(
         for group, mask in enumerate(stay):
             if mask.all() or not mask.any():
                 continue
-            solved = ridge(fisher[group][mask][:, mask], fisher[group][~mask][:, mask], damping)
+            solved = ridge(fisher[group][mask][:, mask], fisher[group][~mask][:, mask], damping, found.samples)
             if solved is None:
                 left[found.weight] = "the gradients of the rows that stay are linearly dependent: raise damping"
                 break

@@ -188,7 +188,7 @@ class _Work:
     weights: dict[str, Tensor]
     graph: DependencyGraph
     kept: Kept
-    damping: float
+    damping: float | None
     held: list[tuple[Any, Tensor]]
     uses: list[_Use]
     changed: set[str] = field(default_factory=set)
@@ -278,7 +278,7 @@ class _Work:
             moment = fit.inputs[group][used][:, used] / count
             residual = (fit.targets[group][:, used] / count - now @ moment) * rows[group][:, None]
             free = number + constant
-            solved = ridge(moment[:free, :free], residual[:, :free], self.damping)
+            solved = ridge(moment[:free, :free], residual[:, :free], self.damping, float(count))
             if solved is None:
                 self.left[layer.weight] = DEPENDENT
                 return

@@ -231,8 +231,8 @@ def test_fused_projections_are_refitted_slice_by_slice(cross: bool):
     assert error(cut.attention.out_proj.bias, shift[rows]) < 1e-8
 
 
-@pytest.mark.parametrize("damping", [0.01, 0.5])
-def test_damping_holds_the_weights_that_stay(damping: float):
+@pytest.mark.parametrize("damping", [0.01, 0.5, None])
+def test_damping_holds_the_weights_that_stay(damping: float | None):
     model, x = make(LAYERS[0][0])
     plan = random_plan(model, x)
     cut = pl.apply(model, plan, compensate=Compensation(batches(x), damping=damping, sequential=False))
@@ -240,6 +240,7 @@ def test_damping_holds_the_weights_that_stay(damping: float):
     u, last = model[:2](x).detach(), model[2]
     design = torch.cat([u[:, keep], torch.ones(len(u), 1)], 1).double()
     now = torch.cat([last.weight[:, keep], last.bias[:, None]], 1).T.detach()
+    damping = 0.01 + design.shape[1] / (2 * len(u)) if damping is None else damping
     root = (damping * design.square().sum(0)).sqrt().diag()
     rows, wanted = torch.cat([design, root]), torch.cat([last(u).detach(), root @ now])
     solution = torch.linalg.lstsq(rows, wanted).solution
