@@ -81,7 +81,7 @@ class _Tape:
 
     Gradients of outputs are taken as they pass and forgotten: kept until the end, they would take as much memory as all
     activations, and the time to get it.  They are taken by a hook on the output of every call.  A hook only fires where
-    autograd has a reason to pass, so autograd is asked for the gradients of the first layers.
+    autograd has a reason to pass, so autograd is asked for the gradients of the first layers, wanted or not.
     """
 
     def __init__(self, model: nn.Module, accumulators: list[Accumulator], ways: Routes | None, samples: int) -> None:
@@ -92,6 +92,7 @@ class _Tape:
         self.count = 0
         self.calls: dict[int, tuple[LayerCall, Layout]] = {}
         self.ends: dict[int, GradientEdge] = {}
+        self.passes: list[GradientEdge] = []
         self.listening, self.last = False, True
 
     def forward(self, inputs: Any) -> Any:
@@ -105,10 +106,13 @@ class _Tape:
             for accumulator in self.accumulators:
                 accumulator.forward(call, layout)
         takers = [accumulator for accumulator in self.squaring if call.kind in accumulator.kinds]
+        first = not call.input.requires_grad or call.kind == "broadcast"
         if call.edge is None or layout is None or not takers:
+            if call.edge is not None and first:
+                self.passes.append(call.edge)
             return
         assert call.output is not None
-        if call.input.requires_grad and call.kind != "broadcast":
+        if not first:
             call.output.register_hook(partial(self._arrived, place))
         else:
             self.ends[place] = call.edge
@@ -139,7 +143,8 @@ class _Tape:
             (slope,) = columns(outputs, targets, loss, "empirical", seed, first)
             self._slopes(parameters, _pull(leaves, slope, list(parameters.values()), bool(self.squaring)))
         rest = [] if self.ways is None else [parameters[name] for name in self.ways.rest]
-        ends = [*self.ends.values(), *(parameters.values() if together else rest)]
+        ways = [*self.passes, *rest] if self.ends or self.passes else list(parameters.values())
+        ends = [*self.ends.values(), *(parameters.values() if together else ways)]
         if not self.squaring:
             return
         self.listening = True
@@ -162,7 +167,7 @@ class _Tape:
 
     def clear(self) -> None:
         """Forget all calls; their inputs lead back to hooks that lead here."""
-        self.calls, self.ends = {}, {}
+        self.calls, self.ends, self.passes = {}, {}, []
 
 
 def _pull(leaves: list[Tensor], column: list[Tensor], ends: list[Any], keep: bool) -> list[Tensor | None]:
