@@ -197,6 +197,15 @@ def test_tokens_and_windows_are_told_from_samples():
     assert by_call["features.1.0.attn.qkv.weight"] == Layout(0, 1, 16)  # [B · windows, …]
 
 
+def test_layers_before_a_head_of_zeros_are_seen_too():
+    """Fresh Transformers start with a head of zeros: no gradient passes it, and tokens could be samples."""
+    model, inputs = MORE[1].make()
+    with evaluating(model):
+        wanted = routes(model, inputs)
+        model.head.weight.data.zero_()
+        assert routes(model, inputs) == wanted
+
+
 def test_the_layout_is_inverted_by_hand():
     rows = torch.arange(24).view(12, 2)
     inner, outer = Layout(0, 4, 1).by_sample(rows), Layout(0, 1, 4).by_sample(rows)

@@ -10,8 +10,9 @@ Flows in: a model and inputs.  Flows out: one ``Layout`` per layer call, and the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -110,7 +111,7 @@ def routes(model: nn.Module, inputs: Any) -> Routes:
     """Send three samples through the model and tell where each sample's gradients are.
 
     The model is expected in eval mode with parameters that require gradients.  Cost: one forward and one backward pass
-    over three samples.
+    over three samples, two where a weight that is zero hides something.
 
     Raises:
         BatchError: the model cannot take the inputs.
@@ -118,25 +119,56 @@ def routes(model: nn.Module, inputs: Any) -> Routes:
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     which = torch.arange(PROBES, device=tensors[0].device) % len(tensors[0]) if tensors else None
     probe = tree_map(lambda leaf: leaf[which] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    with torch.enable_grad(), AffineTaps(model, cut=True) as taps:
-        outputs = [leaf for leaf in leaves(run(model, probe), PROBES) if leaf.requires_grad]
-    seeds = []
-    generator = torch.Generator().manual_seed(0)
-    for output in outputs:
-        seed = torch.zeros_like(output)
-        seed[1] = torch.randn(output[1].shape, generator=generator, dtype=torch.float32).to(output)
-        seeds.append(seed)
-    edges = [call.edge for call in taps.calls]
-    found: list[Tensor | None] = [None] * (len(edges) + len(parameters))
-    if outputs:
-        found = list(torch.autograd.grad(outputs, [*edges, *parameters.values()], seeds, allow_unused=True))
-    layouts = tuple(_layout(call, gradient) for call, gradient in zip(taps.calls, found[: len(edges)], strict=True))
-    rest = {name for name, gradient in zip(parameters, found[len(edges) :], strict=True) if gradient is not None}
-    for call, layout, gradient in zip(taps.calls, layouts, found, strict=False):
+    calls, gradients, reached = _look(model, probe, AffineTaps(model, cut=True))
+    layouts = [_layout(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
+    unclear = [
+        place
+        for place, gradient in enumerate(gradients)
+        if gradient is not None and layouts[place] is None and not bool(gradient.any())
+    ]
+    if unclear:  # a weight that is zero stops every gradient before it
+        others, shaken, _ = _look(model, probe, _Shaken(model, cut=True))
+        if [_identity(call) for call in others] == [_identity(call) for call in calls]:
+            for place in unclear:
+                layouts[place] = _layout(others[place], shaken[place])
+    rest = set(reached)
+    for call, layout, gradient in zip(calls, layouts, gradients, strict=True):
         if layout is None and gradient is not None:
             rest |= {name for name in (call.weight, call.bias) if name is not None}
-    return Routes(tuple(_identity(call) for call in taps.calls), layouts, frozenset(rest))
+    return Routes(tuple(_identity(call) for call in calls), tuple(layouts), frozenset(rest))
+
+
+class _Shaken(AffineTaps):
+    """Taps that use other weights than the model's: its own with noise of the size of a fresh layer's."""
+
+    def _run(self, call: LayerCall, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
+        weight = given["weight"].detach()
+        generator = torch.Generator().manual_seed(len(self.calls))
+        noise = torch.randn(weight.shape, generator=generator) / math.sqrt(weight[0].numel() if weight.dim() else 1)
+        return super()._run(call, func, {**given, "weight": weight + noise.to(weight)})
+
+
+def _look(
+    model: nn.Module, probe: Any, taps: AffineTaps
+) -> tuple[list[LayerCall], list[Tensor | None], frozenset[str]]:
+    """Return the calls, the gradients of their outputs from sample 1, and the parameters that these also reach."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with torch.enable_grad(), taps:
+        outputs = [leaf for leaf in leaves(run(model, probe), PROBES) if leaf.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.zeros_like(output) for output in outputs]
+    for seed in seeds:
+        seed[1] = torch.randn(seed[1].shape, generator=generator).to(seed)
+    edges = {place: call.edge for place, call in enumerate(taps.calls) if call.edge is not None}
+    gradients: list[Tensor | None] = [None] * len(taps.calls)
+    if not outputs:
+        return taps.calls, gradients, frozenset()
+    ends: list[Any] = [*edges.values(), *parameters.values()]
+    found = torch.autograd.grad(outputs, ends, seeds, allow_unused=True)
+    for place, gradient in zip(edges, found, strict=False):
+        gradients[place] = gradient
+    reached = zip(parameters, found[len(edges) :], strict=True)
+    return taps.calls, gradients, frozenset(name for name, gradient in reached if gradient is not None)
 
 
 def _identity(call: LayerCall) -> tuple[str, str | None, str]:
