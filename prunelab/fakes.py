@@ -34,7 +34,7 @@ def fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 def fake_parameter(parameter: nn.Parameter, mode: FakeTensorMode) -> Tensor:
     """Return a fake of ``parameter`` that passes for a parameter, without the detour of ``nn.Parameter``."""
     fake = fake_tensor(parameter, mode).requires_grad_(parameter.requires_grad)
-    fake._is_param = True  # type: ignore[attr-defined]
+    fake._is_param = True
     return fake
 
 

@@ -329,3 +329,13 @@ def generated() -> Iterator[tuple[Tensor, Tensor]]:
 
 def test_batches_are_read_once():
     agree(collect(net(), generated(), {"moments", "kronecker"}), collect(net(), split(24), {"moments", "kronecker"}))
+
+
+def test_layers_behind_a_first_layer_without_factors_have_theirs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    batches = [(torch.randint(0, 11, (20, 5)), torch.randint(0, 4, (20,)))]
+    alone, together = (collect(model, batches, what).kronecker for what in ({"kronecker"}, {"kronecker", "moments"}))
+    assert alone.keys() == together.keys() == {"2.weight", "4.weight"}
+    for name, factors in alone.items():
+        torch.testing.assert_close(factors.S, together[name].S)

@@ -229,7 +229,7 @@ def test_layers_that_produce_the_same_units_add_up(name):
     torch.manual_seed(0)
     graph, batch = pl.trace(Residual(), torch.randn(1, 3)), (torch.randn(9, 3), torch.arange(9) % 4)
     assert len(graph.groups) == 1
-    statistics = pl.collect(graph, [batch], {"kronecker"})
+    statistics = pl.collect(graph, [batch], {"moments", "kronecker"})
     found = {
         how: pl.criteria.get(name, group_reduction=how)(graph, statistics)["stem"] for how in ("first", "max", "sum")
     }
