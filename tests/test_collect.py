@@ -235,6 +235,8 @@ def test_bad_input_is_told():
         collect(model, batches, {"grad"}, loss=lambda z, y: (z @ z).mean())
     with pytest.raises(BatchError, match="empty loader"):
         collect(model, [], {"moments"})
+    with pytest.raises(BatchError, match="Batch 1 is empty"):
+        collect(model, [*batches, (batches[0][0][:0], targets[:0])], {"moments"})
     with pytest.raises(BatchError, match="needs batches"):
         collect(model, None, {"moments"})
     with pytest.raises(BudgetError, match=r"'hessian'.* is not one of grad, moments"):
@@ -323,6 +325,14 @@ def test_two_processes_find_what_one_does(tmp_path):
     agree(found[0], wanted | collect(model, batches, {"ekfac"}, basis=found[0]))
 
 
+def test_it_works_where_gradients_are_off():
+    model, batches = net(), split(24)
+    wanted = collect(model, batches, {"moments", "kronecker"})
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            agree(collect(model, batches, {"moments", "kronecker"}), wanted)
+
+
 def generated() -> Iterator[tuple[Tensor, Tensor]]:
     yield from split(10, 14)
 
@@ -334,7 +344,7 @@ def test_batches_are_read_once():
 def test_layers_behind_a_first_layer_without_factors_have_theirs():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 4)).double()
-    batches = [(torch.randint(0, 11, (20, 5)), torch.randint(0, 4, (20,)))]
+    batches = [(torch.randint(0, 11, (40, 5)), torch.randint(0, 4, (40,)))]
     alone, together = (collect(model, batches, what).kronecker for what in ({"kronecker"}, {"kronecker", "moments"}))
     assert alone.keys() == together.keys() == {"2.weight", "4.weight"}
     for name, factors in alone.items():
