@@ -136,15 +136,25 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     print("\n".join(lines))
+    rows = []
     for name in tqdm(args.models, unit="model"):
         try:
             row = measure(name)
         except pl.PruneLabError as problem:
             row = {"model": name, "outcome": str(problem).splitlines()[0][:160].replace("|", "/")}
+        rows.append(row)
         lines.append("| " + " | ".join(str(row.get(key, "–")) for key in HEAD) + " |")
         tqdm.write(lines[-1])
         if args.out:
-            args.out.write_text("\n".join(lines) + "\n")
+            args.out.write_text("\n".join([*lines, "", summary(rows)]) + "\n")
+    print(summary(rows))
+
+
+def summary(rows: list[dict[str, object]]) -> str:
+    """Return how many models are cut exactly, and by which back end."""
+    exact = [row for row in rows if row["outcome"] == "exact"]
+    ends = {end: sum(row["back end"] == end for row in exact) for end in ("module", "graph")}
+    return f"{len(exact)} of {len(rows)} models are exact: {ends['module']} cut in place, {ends['graph']} rebuilt."
 
 
 if __name__ == "__main__":
