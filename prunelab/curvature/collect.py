@@ -60,6 +60,13 @@ def collect(
     Raises:
         BatchError: the batches do not fit the model, the loss is no mean over samples, or something is not finite.
         BudgetError: an option is none of those above.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> found = collect(model, [(torch.randn(8, 3), torch.arange(8) % 2)], {"moments", "kronecker"})
+        >>> found.moments["0.weight"].shape, found.kronecker["2.weight"].S.shape
+        (torch.Size([4, 3]), torch.Size([2, 2]))
     """
     wanted = {what} if isinstance(what, str) else set(what)
     unknown = sorted(wanted - ACCUMULATORS.keys())

@@ -61,6 +61,11 @@ class Factors:
             in the shape of ``matrices(weight)``: ``[out, in, *kernel]``, or ``[out, in · K]`` with ``factor="full"``;
             ``None`` unless asked for.  λ_S λ_Aᵀ approximates their mean over ``*kernel``.
         basis: the eigenvectors Q_A, Q_S that belong to ``moments``.
+
+    Source: Martens & Grosse 2015, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*, section
+    3; Grosse & Martens 2016, *A Kronecker-factored approximate Fisher matrix for convolution layers*, section 3;
+    Eschenhagen et al. 2023, *Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures*
+    (K-FAC-expand); channel factors as in Wang et al. 2019, *EigenDamage*; EKFAC: George et al. 2018, equation 6.
     """
 
     weight: str

@@ -47,6 +47,8 @@ def one_pass(
     ways: Routes | None = None
     with evaluating(model):
         for number, (inputs, targets) in enumerate(checked(model, batches, "collect")):
+            if len(targets) == 0:
+                raise BatchError(f"Batch {number} is empty.")
             if number == 0:
                 backward = any(ACCUMULATORS[name].kinds for name in what)
                 ways = _routes(model, inputs) if backward else None
@@ -61,7 +63,7 @@ def one_pass(
             finally:
                 tape.clear()
             sums = [value for accumulator in accumulators for value in accumulator.sums.values()]
-            if not all(bool(value.isfinite().all()) for value in [*sums, *floating(outputs)]):
+            if not _all_finite([*sums, *floating(outputs)]):
                 raise _not_finite(model, inputs, targets, loss, number)
             seen += len(targets)
     return Statistics(
@@ -188,10 +190,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        for parameter in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        yield
+        with torch.inference_mode(False):
+            for parameter in flags:
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
@@ -231,6 +234,13 @@ def _not_finite(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, numb
         f"The outputs, the loss or the squares of its gradients are not finite in batch {number}: check its targets, "
         "and whether the model's precision holds them."
     )
+
+
+def _all_finite(values: Iterable[Tensor]) -> bool:
+    flags: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        flags.setdefault(value.device, []).append(value.detach().isfinite().all())
+    return all(bool(torch.stack(found).all()) for found in flags.values())  # one answer to wait for per device
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
