@@ -333,6 +333,24 @@ def test_it_works_where_gradients_are_off():
             agree(collect(model, batches, {"moments", "kronecker"}), wanted)
 
 
+def test_inputs_and_attributes_that_require_gradients():
+    model, (inputs, targets) = net(), data()
+    wanted = collect(model, [(inputs, targets)], {"moments", "kronecker"})
+    agree(collect(model, [(inputs.requires_grad_(), targets)], {"moments", "kronecker"}), wanted)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.odd, self.hidden = nn.Linear(3, 2), nn.Linear(3, 2), torch.zeros(3, requires_grad=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(x) + self.odd(x + self.hidden)
+
+    odd = Odd()
+    with pytest.raises(BatchError, match="No gradient arrived at the layer of `odd.weight`"):
+        collect(odd, [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], {"kronecker"})
+
+
 def generated() -> Iterator[tuple[Tensor, Tensor]]:
     yield from split(10, 14)
 

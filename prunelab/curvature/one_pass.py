@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils._pytree import tree_map
 
 from prunelab.batches import Batches, Loss, call, checked
 from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting
@@ -49,6 +50,7 @@ def one_pass(
         for number, (inputs, targets) in enumerate(checked(model, batches, "collect")):
             if len(targets) == 0:
                 raise BatchError(f"Batch {number} is empty.")
+            inputs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
             if number == 0:
                 backward = any(ACCUMULATORS[name].kinds for name in what)
                 ways = _routes(model, inputs) if backward else None
@@ -161,6 +163,11 @@ class _Tape:
             with torch.no_grad():
                 for accumulator in self.squaring:
                     accumulator.finish(inputs, column, self.samples)
+        for missed, _ in self.calls.values():
+            raise BatchError(
+                f"No gradient arrived at the layer of `{missed.weight}`, though one did in a probe of some samples: "
+                "its input requires the gradient of something that is no parameter of the model."
+            )
 
     def _slopes(self, parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> None:
         slopes = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
