@@ -155,7 +155,7 @@ def route(model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, 
             rebuilt = replay(model, plan, compensate)
         except PlanError as other:
             raise error from other
-        reason = str(error)
+        reason = str(error).replace(", so nothing was cut", "")
     warnings.warn(
         f"{type(model).__name__} was rebuilt from its operators as a torch.fx.GraphModule, since its own class cannot "
         f"be cut: {reason}",

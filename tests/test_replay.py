@@ -101,10 +101,23 @@ class Pictures(nn.Module):
         return self.last(self.up(x).view(-1, 8, 4 * x.shape[2] * x.shape[3]).mean(2))
 
 
+class Centred(nn.Module):
+    """Computes with a width, which in the silenced network stays what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.second(x - x.sum(-1, keepdim=True) / x.shape[-1]).relu())
+
+
 BAKED = [
     Case("attention", Attention, lambda: torch.randn(2, 5, 3)),
     Case("split", Split, lambda: torch.randn(2, 4)),
     Case("pictures", Pictures, images(6)),
+    Case("centred", Centred, lambda: torch.randn(2, 4)),
 ]
 
 
