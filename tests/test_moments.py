@@ -215,7 +215,7 @@ def test_the_layout_is_inverted_by_hand():
     assert Layout(0, 2, 2).samples(rows) == 3 and Layout(0, 5, 1).samples(rows) == 0
 
 
-@pytest.mark.parametrize("case", [ZOO[0], MORE[1], MORE[0]], ids=["resnet20", "tokens", "several"])
+@pytest.mark.parametrize("case", [OWN[0], MORE[1], MORE[0]], ids=["grouped", "tokens", "several"])
 def test_the_ggn_is_exact(case):
     """E[Jᵀ H J]'s diagonal: per sample Σ_ab J_a J_b H_ab, with H from autograd and no root of it."""
     model, inputs = case.make()
