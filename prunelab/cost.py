@@ -64,7 +64,7 @@ def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     """
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode).eval()
-    args, kwargs = fakes.fake_inputs(example_inputs, mode)
+    args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FLOPS)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it

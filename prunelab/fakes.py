@@ -7,12 +7,14 @@ model is not touched.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from prunelab.errors import BatchError, TraceError
 
@@ -24,9 +26,10 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def fake_tensor(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """Return a fake of ``tensor``, on its own device; on the CPU where it has no real one."""
-    device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+def fake_tensor(tensor: Tensor, mode: FakeTensorMode, instead: torch.device | None = None) -> Tensor:
+    """Return a fake of ``tensor``, on its own device; where that is no real one, on another, or else on the CPU."""
+    device = tensor.device if tensor.device.type != "meta" else instead or torch.device("cpu")
+    device = torch.device("cpu") if device.type == "meta" else device
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return FakeTensor(mode, empty, device)
 
@@ -51,6 +54,10 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         memo[id(parameter)] = fake_parameter(parameter, mode)
     for _, buffer in model.named_buffers():
         memo[id(buffer)] = fake_tensor(buffer, mode)
+    for module in model.modules():  # a module has a dozen of these, for hooks, and copying each takes longer than this
+        memo |= {
+            id(empty): OrderedDict() for empty in vars(module).values() if type(empty) is OrderedDict and not empty
+        }
     try:
         return forget(copy.deepcopy(model, memo))
     except Exception as error:
@@ -72,22 +79,26 @@ def forget(model: nn.Module) -> nn.Module:
     return model
 
 
-def fake_inputs(inputs: Inputs, mode: FakeTensorMode) -> tuple[tuple, dict[str, Any]]:
+def fake_inputs(inputs: Inputs, mode: FakeTensorMode, model: nn.Module) -> tuple[tuple, dict[str, Any]]:
     """Return the positional and keyword arguments of a call of the model, with fakes for tensors.
+
+    Inputs of which only the shape is known (on the meta device) get the device of the model's first parameter.
 
     Raises:
         BatchError: ``inputs`` is neither a tensor nor a tuple, list or dict.
     """
+    first = next(model.parameters(), None)
+    device = None if first is None else first.device
 
     def fake(value: Any) -> Any:
-        return fake_tensor(value, mode) if isinstance(value, Tensor) else value
+        return fake_tensor(value, mode, device) if isinstance(value, Tensor) else value
 
     if isinstance(inputs, Tensor):
         return (fake(inputs),), {}
     if isinstance(inputs, Mapping):
-        return (), {name: fake(value) for name, value in inputs.items()}
+        return (), {name: tree_map(fake, value) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(fake(value) for value in inputs), {}
+        return tuple(tree_map(fake, value) for value in inputs), {}
     raise BatchError(f"example_inputs is a {type(inputs).__name__}; give a tensor, a tuple of them, or a dict by name.")
 
 

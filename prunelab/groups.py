@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,20 @@ class Member:
         name: qualified name of the parameter or buffer.
         dim: the dimension.
         role: ``"produces"`` (rows of a weight), ``"consumes"`` (its columns) or ``"carries"`` (norms, biases, scales).
-        unit: int64 ``[size of the dimension]``: the unit that owns each position, -1 where none does.
+        axis: what the dimension is made of.
+        leaf: the part of it that is the group's.
     """
 
     name: str
     dim: int
     role: str
-    unit: Tensor = field(repr=False, compare=False)
+    axis: Axis = field(repr=False, compare=False)
+    leaf: Axis = field(repr=False, compare=False)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """int64 ``[size of the dimension]``: the unit that owns each position, -1 where none does."""
+        return unit_map(self.axis, self.leaf)
 
     def positions(self, unit: int) -> Tensor:
         """Return int64 positions of one unit of the group in this dimension."""
@@ -132,9 +140,7 @@ def make_groups(recorder: Recorder) -> tuple[Group, ...]:
     drafts = []
     for axis, places in found.values():
         members = tuple(
-            Member(
-                name, place, _role(roles, (name, place), axis), unit_map(recorder.parameters[name][place].axis, axis)
-            )
+            Member(name, place, _role(roles, (name, place), axis), recorder.parameters[name][place].axis, axis)
             for name, place in dict.fromkeys(places)
         )
         drafts.append((axis, members))

@@ -236,7 +236,7 @@ def _rehearse(module: Replayed, inputs: Any, builder: Builder) -> None:
         seen.append(tape.inputs)
         sizes = [list(shape) for shape in tape.inputs.values() if isinstance(shape, torch.Size)]
         described = resized(inputs, partial(_take, sizes))
-        args, kwargs = fakes.fake_inputs(fakes.recall_inputs(described), mode)
+        args, kwargs = fakes.fake_inputs(fakes.recall_inputs(described), mode, fake)
         with torch.no_grad(), mode:
             rehearsal = _Rehearsal(fake, {node.name: builder.shapes[node][number] for node in known})
             rehearsal.run(*args, *(kwargs[name] for name in names[len(args) :]))

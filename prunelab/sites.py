@@ -133,7 +133,7 @@ def uses(
         layer.register_forward_hook(partial(watch.leave, name), with_kwargs=True)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    args, kwargs = fakes.fake_inputs(inputs, mode)
+    args, kwargs = fakes.fake_inputs(inputs, mode, model)
     try:
         with torch.no_grad(), mode, Taps(model.eval(), before=watch.before, keep=False):
             model(*args, **kwargs)

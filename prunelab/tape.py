@@ -113,7 +113,7 @@ def record(model: nn.Module, inputs: Any, dtype: torch.dtype | None = None) -> T
     """
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode).eval()
-    args, kwargs = fakes.fake_inputs(fakes.recall_inputs(inputs), mode)
+    args, kwargs = fakes.fake_inputs(fakes.recall_inputs(inputs), mode, copy)
     if dtype is not None:
         with mode:
             args, kwargs = _retyped(copy, (args, kwargs), dtype)

@@ -171,7 +171,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     ignored = _ignored(model, ignore)
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
-    args, kwargs = fakes.fake_inputs(example_inputs, mode)
+    args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
     recorder = Recorder(copy, apply_rule)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):

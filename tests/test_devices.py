@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
+from prunelab.surgery import open_plan
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_small"])
@@ -21,6 +22,15 @@ def test_a_model_on_a_gpu_is_traced_there(name: str):
     on_cpu = pl.trace(pl.zoo.build(name), torch.empty(2, 3, 32, 32))
     assert [(g.name, g.size, g.members) for g in graph.groups] == [(g.name, g.size, g.members) for g in on_cpu.groups]
     assert pl.count(model, images) == pl.count(pl.zoo.build(name), torch.empty(2, 3, 32, 32))
+
+
+def test_a_plan_is_opened_where_the_model_lies():
+    plan = pl.plan(pl.criteria.Random()(pl.trace(pl.zoo.resnet20(), torch.empty(2, 3, 32, 32))), flops=0.5)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = pl.zoo.resnet20()
+    graph, kept = open_plan(model, plan)
+    assert {tensor.device.type for op in graph.tape for tensor in op.outputs} == {"cuda"}
+    assert sum(kept.sizes.values()) == sum(cut.size - len(cut.removed) for cut in plan.cuts)
 
 
 def test_a_model_without_memory_is_cut_without_any():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria.blocks import block
-from prunelab.groups import Member
 from tests.test_kron import KINDS, close, dense, factored, members, owned
+from tests.test_kron import member as fake_member
 
 
 def direction(factors, side: str, group: int, index: int, weight: Tensor) -> Tensor:
@@ -145,4 +145,4 @@ def test_bad_options_and_bad_numbers_are_errors():
     weight[1, 1] = torch.nan
     with pytest.raises(pl.PlanError, match="no number for some directions of `w`"):
         pl.criteria.EigenDamage().layer(factors, weight)
-    assert block(factors, Member("w", 2, "carries", torch.arange(2)), weight) is None
+    assert block(factors, fake_member("w", 2, "carries", torch.arange(2)), weight) is None

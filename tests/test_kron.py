@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
+from prunelab.axes import leaf
 from prunelab.criteria.blocks import block
 from prunelab.curvature.kronecker import Factors
 from prunelab.groups import Member
@@ -60,6 +61,13 @@ def dense(factors: Factors, weight: Tensor) -> Tensor:
     return out
 
 
+def member(name: str, dim: int, role: str, unit: Tensor) -> Member:
+    """Return a member without axes, whose positions are given."""
+    made = Member(name, dim, role, leaf(len(unit)), leaf(len(unit)))
+    vars(made)["unit"] = unit
+    return made
+
+
 def owned(weight: Tensor, member: Member, unit: int) -> Tensor:
     """Return which entries of the flattened weight a unit owns."""
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -72,13 +80,13 @@ def members(factors: Factors, weight: Tensor) -> dict[str, tuple[Member, int]]:
     rows = weight.shape[1 if factors.kind == "conv_transpose" else 0]
     dim = 1 if factors.kind == "conv_transpose" else 0
     found = {
-        "one row each": (Member("w", dim, "produces", torch.arange(rows)), rows),
-        "two rows each": (Member("w", dim, "produces", torch.arange(rows) % 2), 2),
-        "some rows": (Member("w", dim, "produces", torch.tensor([-1, 1, 0, 1])[:rows]), 2),
+        "one row each": (member("w", dim, "produces", torch.arange(rows)), rows),
+        "two rows each": (member("w", dim, "produces", torch.arange(rows) % 2), 2),
+        "some rows": (member("w", dim, "produces", torch.tensor([-1, 1, 0, 1])[:rows]), 2),
     }
     if factors.groups == 1:
         columns = weight.shape[1 - dim]
-        found["columns"] = (Member("w", 1 - dim, "consumes", torch.arange(columns)), columns)
+        found["columns"] = (member("w", 1 - dim, "consumes", torch.arange(columns)), columns)
     return found
 
 

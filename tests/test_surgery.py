@@ -155,7 +155,7 @@ def test_a_constant_that_cannot_be_made_up_for_is_an_error():
 
     model, x = Mean(), torch.randn(3, 4)
     with pytest.raises(pl.PlanError, match=r"`div`.*computes with \[6\], which the cut makes \[3\]"):
-        pl.apply(model, random_plan(model, x))
+        pl.apply(model, random_plan(model, x), backend="module")
 
 
 class Halves(nn.Module):
