@@ -62,7 +62,7 @@ zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; write
 	@$(RUN) -m bench.zoo --out bench/zoo.md
 
 bench-trace: $(BENCH) ## time tracing beside Torch-Pruning, over torchvision's classifiers; writes bench/tracing.md
-	@$(RUN) -m bench.tracing --out bench/tracing.md
+	@$(RUN) -m bench.tracing --times --out bench/tracing.md
 
 format: setup ## put code and notebooks into the house format (ruff)
 	@$(RUN) -m ruff check --fix
