@@ -53,8 +53,11 @@ GREEDY: dict[str, dict[str, Any]] = {
 }
 """For cuts only: alone, a unit's score is that of the gate without interactions."""
 
-STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "eigendamage", "oba", "quadratic", "gate", *GREEDY)
+STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "gate", *(label for label in GREEDY if "T=4" in label))
 """What is also scored anew before each of several steps, which takes a while."""
+
+SLOW = ("oracle", "quadratic")
+"""Only where asked for by name: a pass over the data for every unit."""
 
 
 def criteria(names: list[str]) -> dict[str, pl.criteria.Criterion]:
@@ -142,7 +145,7 @@ def correlations(run: Run, network: str, images: int, seed: int) -> None:
 
 def cuts(run: Run, network: str, images: int, seed: int) -> None:
     """Cut to every share of the FLOPs, at once and in steps."""
-    everything = criteria([name for name in run.args.criteria if name != "oracle" or run.args.oracle])
+    everything = criteria(run.args.criteria)
     if "gate" in run.args.criteria:
         everything |= {label: pl.criteria.Gate(**options) for label, options in GREEDY.items()}
     model, batches = pl.zoo.load(network), run.batches(images, seed)
@@ -252,7 +255,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg13_narrow", "vit_small"])
-    parser.add_argument("--criteria", nargs="+", default=list(pl.criteria.names()))
+    parser.add_argument("--criteria", nargs="+", default=[n for n in pl.criteria.names() if n not in SLOW])
     parser.add_argument("--tables", nargs="+", default=["correlation", "cuts"], choices=["correlation", "cuts"])
     parser.add_argument("--images", nargs="+", type=int, default=[256], help="to score on")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of images and units")
@@ -260,7 +263,6 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1000, help="images to measure accuracy on")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3], help="of the FLOPs kept")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 5])
-    parser.add_argument("--oracle", action="store_true", help="cut by the oracle too: measures every unit")
     parser.add_argument("--finetune", type=int, default=0, help="epochs on the embedded images after cuts at once")
     parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("bench/criteria"), help="without a suffix")
