@@ -26,23 +26,31 @@ UNSEEN = "no layer with it was seen"
 DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
 
 
-def ridge(moment: Tensor, residual: Tensor, damping: float | None, count: float) -> Tensor | None:
-    """Return ``Δ = residual (moment + Λ)⁻¹``, Λ = damping · diag(moment); ``None`` if that matrix is singular.
+def ridge(
+    moment: Tensor, residual: Tensor, damping: float | None, count: float, *, constant: bool = False
+) -> Tensor | None:
+    """Return ``Δ = residual (moment + Λ)⁻¹``; ``None`` if that matrix is singular.
 
-    By default the damping is 0.01 + k / 2N for k unknowns and a moment over N columns: the fewer columns there are, the
-    more of what they show is chance.
+    Λ is diagonal, damping times the second moment of each input, but no less than that of the upper quartile: an input
+    that is hardly ever other than zero would get a large weight by chance.  By default the damping is 0.01 + k / 2N for
+    k unknowns and a moment over N columns: the fewer columns there are, the more of what they show is chance.
 
     Args:
         moment: ``C_KK``, float64 ``[k, k]``.
         residual: what is to be made up for, times the inputs that stay: ``E[e u_Kᵀ]``, float64 ``[rows, k]``.
-        damping: relative to the diagonal, so that inputs of any scale are treated alike.
+        damping: relative to the inputs' second moments.
         count: N.
+        constant: whether the last input is the constant one.
     """
-    scale = moment.diagonal().sqrt()
-    dead = scale == 0  # inputs that are always zero: their weights stay as they are
-    scale = scale.masked_fill(dead, 1)
+    damping = 0.01 + len(moment) / (2 * count) if damping is None else damping
+    own = moment.diagonal()
+    own = own.masked_fill(own == 0, 1)  # nothing is known of such an input, and its weights stay as they are
+    level = own.clone()
+    inputs = level[: len(level) - constant]
+    inputs.clamp_(min=inputs.quantile(0.75))
+    scale = own.sqrt()  # solved with a diagonal of ones, the system is well conditioned
     system = moment / scale / scale[:, None]
-    system.diagonal().fill_(1 + (0.01 + len(moment) / (2 * count) if damping is None else damping))
+    system.diagonal().copy_(1 + damping * level / own)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or factor.diagonal().min() < 1e-7:  # the square of which is all that float64 can tell from zero
         return None
@@ -51,11 +59,12 @@ def ridge(moment: Tensor, residual: Tensor, damping: float | None, count: float)
 
 
 def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
-    """Return the weights that lose columns."""
+    """Return the parameters that lose columns."""
+    parameters = {name for name, _ in graph.model.named_parameters()}
     found: dict[str, None] = {}
     for member in (member for group in graph.groups for member in group.members if member.role == "consumes"):
         dim = graph.dims[member.name][member.dim]
-        if kept.size(dim.axis) != dim.size:
+        if member.name in parameters and kept.size(dim.axis) != dim.size:
             found[member.name] = None
     return list(found)
 
@@ -132,7 +141,7 @@ def _refit(
             continue
         used = torch.cat([rest, rest.new_full((1,), width)]) if constant else rest
         among, across = moment[group][used][:, used], moment[group][gone][:, used]
-        solved = ridge(among, flat[group][:, gone] @ across, damping, found.count)
+        solved = ridge(among, flat[group][:, gone] @ across, damping, found.count, constant=constant)
         if solved is None:
             return None
         change[group][:, rest] = solved[:, : len(rest)]

@@ -273,12 +273,12 @@ class _Work:
                 continue
             used = mask.nonzero().flatten() if layer.groups > 1 else torch.arange(number, device=flat.device)
             used = torch.cat([used, used.new_full((1,), fit.inputs.shape[-1] - 1)])
-            count = fit.inputs[group, -1, -1]
+            count = float(fit.inputs[group, -1, -1])
             now = torch.cat([flat[group][:, mask], shift[group][:, None]], 1)
             moment = fit.inputs[group][used][:, used] / count
             residual = (fit.targets[group][:, used] / count - now @ moment) * rows[group][:, None]
             free = number + constant
-            solved = ridge(moment[:free, :free], residual[:, :free], self.damping, float(count))
+            solved = ridge(moment[:free, :free], residual[:, :free], self.damping, count, constant=constant)
             if solved is None:
                 self.left[layer.weight] = DEPENDENT
                 return

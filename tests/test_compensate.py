@@ -241,7 +241,9 @@ def test_damping_holds_the_weights_that_stay(damping: float | None):
     design = torch.cat([u[:, keep], torch.ones(len(u), 1)], 1).double()
     now = torch.cat([last.weight[:, keep], last.bias[:, None]], 1).T.detach()
     damping = 0.01 + design.shape[1] / (2 * len(u)) if damping is None else damping
-    root = (damping * design.square().sum(0)).sqrt().diag()
+    level = design.square().sum(0)
+    level[:-1] = level[:-1].clamp(min=level[:-1].quantile(0.75))
+    root = (damping * level).sqrt().diag()
     rows, wanted = torch.cat([design, root]), torch.cat([last(u).detach(), root @ now])
     solution = torch.linalg.lstsq(rows, wanted).solution
     assert error(cut[2].weight, solution[:-1].T) < 1e-8 and error(cut[2].bias, solution[-1]) < 1e-8
@@ -274,6 +276,19 @@ def test_channels_are_refitted_where_patches_need_too_much_memory(flattened: boo
     if flattened:
         shift = torch.einsum("ort,r->o", weight[:, ~channels], told[-1])
         assert error(cut[2].bias, layer.bias + shift) < 1e-8
+
+
+def test_an_input_that_is_hardly_ever_there_gets_no_large_weight():
+    """One sample in which a unit is just above zero says little about what it could tell."""
+    model, x = make(LAYERS[0][0])
+    plan = pl.plan(pl.criteria.Random()(pl.trace(model, x)), ratio=0.4)
+    unit = next(unit for unit in range(7) if unit not in plan.removed["0"])
+    with torch.no_grad():
+        model[0].bias[unit] -= model[0](x)[:, unit].max() - 1e-6
+    cut = pl.apply(model, plan, compensate=Compensation(batches(x), sequential=False))
+    column = [u for u in range(7) if u not in plan.removed["0"]].index(unit)
+    assert error(cut[2].weight[:, column], model[2].weight[:, unit]) < 1e-3
+    assert error(cut[2].weight, pl.apply(model, plan)[2].weight) > 0.05
 
 
 def test_a_layer_used_twice_is_refitted_for_both():
