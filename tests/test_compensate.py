@@ -57,7 +57,7 @@ def inputs_of(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, tuple
     return found
 
 
-def least_squares(layer: nn.Module, args: tuple, free: dict[str, Tensor], target: Tensor | None = None) -> dict:
+def least_squares(layer: nn.Module, args: tuple, free: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters for which a layer, linear in them, is nearest to its output; only ``free`` entries not 0.
 
     The design matrix is the derivative of the layer's output, by autograd: nothing is said about how a layer works.
@@ -66,7 +66,7 @@ def least_squares(layer: nn.Module, args: tuple, free: dict[str, Tensor], target
     names = list(free)
     zeros = {name: torch.zeros_like(value) for name, value in whole.items()}
     design = jacrev(lambda values: functional_call(layer, values, args))(zeros)
-    output = (layer(*args) if target is None else target).detach().flatten()
+    output = layer(*args).detach().flatten()
     columns = [design[name].detach().reshape(len(output), -1)[:, free[name].flatten()] for name in names]
     solution = torch.linalg.lstsq(torch.cat(columns, 1), output, driver="gelsd").solution
     parts = solution.split([part.shape[1] for part in columns])
