@@ -248,6 +248,7 @@ def test_the_ggn_is_exact(case):
 def test_the_ggn_takes_any_convex_loss_and_positions(loss, targets):
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(4, 2, 2).double()
+    targets = torch.rand_like(targets) if targets.is_floating_point() else targets
     net = nn.Sequential(model, Transposed())
     batches = [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])]
     found = collect(net, batches, {"moments"}, fisher="ggn", loss=loss).moments

@@ -151,9 +151,9 @@ class _Tape:
         ends = [*self.ends.values(), *(parameters.values() if together else ways)]
         if not self.squaring:
             return
-        self.listening = True
+        self.listening, sent = True, False
         for column, last in _with_last(columns(outputs, targets, loss, fisher, seed, first)):
-            self.last = last
+            self.last, sent = last, True
             found = _pull(leaves, column, ends, not last)
             for place, gradient in zip(self.ends, found, strict=False):
                 if gradient is not None:
@@ -163,7 +163,7 @@ class _Tape:
             with torch.no_grad():
                 for accumulator in self.squaring:
                     accumulator.finish(inputs, column, self.samples)
-        for missed, _ in self.calls.values():
+        for missed, _ in self.calls.values() if sent else ():  # a loss without any curvature sends nothing back
             raise BatchError(
                 f"No gradient arrived at the layer of `{missed.weight}`, though one did in a probe of some samples: "
                 "its input requires the gradient of something that is no parameter of the model."
