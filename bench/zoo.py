@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import prunelab as pl
-from prunelab.fakes import forget
+from prunelab.tracing.fakes import forget
 
 HEAD = ("model", "trace, s", "groups", "parameters in groups", "permutation error", "cut error", "back end", "outcome")
 FAMILIES = (

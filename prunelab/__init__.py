@@ -8,21 +8,21 @@ pl.save(small, "small.safetensors")
 """
 
 from prunelab import criteria, data, zoo
-from prunelab.compensate import Compensation
+from prunelab.compensation.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
-from prunelab.factorize import factorize
-from prunelab.groups import Group, Member
+from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
-from prunelab.masks import bake
 from prunelab.plan import Plan, plan
 from prunelab.pruning import Report, prune
-from prunelab.silence import masked
-from prunelab.sparsify import sparsify
-from prunelab.surgery import apply
-from prunelab.trace import DependencyGraph, trace
+from prunelab.sparsity.masks import bake
+from prunelab.sparsity.sparsify import sparsify
+from prunelab.surgery.apply import apply
+from prunelab.surgery.silence import masked
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph, trace
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunelab import fakes
-from prunelab.axes import size_with
 from prunelab.batches import call, eval_mode
 from prunelab.errors import BatchError, PruneLabError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing import fakes
+from prunelab.tracing.axes import size_with
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass(frozen=True)

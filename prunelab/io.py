@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prunelab.errors import DataError, PlanError
-from prunelab.factorized import Factorized
-from prunelab.masks import Sparsified
+from prunelab.factorization.factorized import Factorized
 from prunelab.plan import Plan
-from prunelab.surgery import PLANS, apply
+from prunelab.sparsity.masks import Sparsified
+from prunelab.surgery.apply import PLANS, apply
 
 FORMAT = 1
 

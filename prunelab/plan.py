@@ -18,7 +18,7 @@ from prunelab.cost import CostModel
 from prunelab.criteria.base import Scores
 from prunelab.criteria.greedy import Bundle, removal_order
 from prunelab.errors import BudgetError, PlanError
-from prunelab.groups import Group
+from prunelab.tracing.groups import Group
 
 FORMAT = 1
 TOLERANCE = 0.01

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import nn
 
-from prunelab import criteria, fakes
+from prunelab import criteria
 from prunelab.batches import Batches
-from prunelab.compensate import Compensation
+from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
 from prunelab.errors import BudgetError
 from prunelab.plan import Plan, plan
-from prunelab.surgery import apply
-from prunelab.trace import trace
+from prunelab.surgery.apply import apply
+from prunelab.tracing import fakes
+from prunelab.tracing.trace import trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,8 @@
-"""Widgets: figures of ``plots`` with a slider, for a notebook with a running kernel.
+"""Widgets: figures of ``plots`` that a reader can move, for a notebook with a running kernel.
 
-Flows in: what a notebook has computed already.  Flows out: an ipywidgets box that redraws a figure; nothing is computed
-at a slider's move.  The only module that imports ipywidgets, which ``prunelab[notebooks]`` installs.
+Flows in: a function from the state of some controls to a figure and a caption.  Flows out: an ipywidgets box that
+redraws the figure when a control moves.  What is slow is computed before; a move answers at once.  The only module that
+imports ipywidgets, which ``prunelab[notebooks]`` installs.
 
 Figures are shown in an ``Image``, which changes in one piece, and not in an ``Output``: while nbclient (and with it
 papermill and nbconvert) executes a cell that writes to an ``Output``, it misses the kernel's reply now and then, and
@@ -10,65 +11,109 @@ waits for it until the cell's time is up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import ipywidgets
 import pandas as pd
+from matplotlib.figure import Figure
 
 from prunelab.errors import PruneLabError
-from prunelab.groups import Group
 from prunelab.plan import Plan
-from prunelab.plots import budget_view, png
+from prunelab.plots.style import png
+from prunelab.plots.units import budget_view
+from prunelab.tracing.groups import Group
 
 COLUMNS = ("criterion", "budget", "flops_kept", "params_kept", "accuracy")
+BUTTONS = 4
+"""Up to so many choices are buttons side by side; more are a list that drops down."""
+PAUSE = 0.03
+"""Seconds for which a move waits for the next one, so that a queue of moves draws the last alone."""
+
+Choices = Sequence[Any] | Mapping[str, Any]
 
 
-class BudgetSlider(ipywidgets.VBox):
-    """Choose a budget and a criterion; see what stays of every group, what it costs and how accurate it is.
+class Explorer(ipywidgets.VBox):
+    """Controls above a figure, which follows them, and a caption in words below.
 
     Attributes:
-        budget: the slider.
-        criterion: the buttons.
+        controls: the controls by name.
         image: the figure, as PNG.
-        caption: what the figure shows, in words; set after the figure was drawn.
+        caption: what the figure shows; it says "drawing …" while a move waits, and is set after the figure was drawn.
     """
 
-    def __init__(
-        self, groups: Iterable[Group], plans: Mapping[tuple[str, float], Plan], table: pd.DataFrame, whole: float | None
-    ) -> None:
-        self._groups, self._plans, self._table, self._whole = list(groups), plans, table, whole
-        budgets = sorted(set(table["budget"]))
-        self.budget = ipywidgets.SelectionSlider(
-            options=[(f"{budget:.0%}", budget) for budget in budgets],
-            value=min(budgets, key=lambda budget: abs(budget - 0.5)),
-            description="FLOPs kept",
-            continuous_update=False,
-            layout=ipywidgets.Layout(width="26em"),
-        )
-        names = list(dict.fromkeys(table["criterion"]))
-        self.criterion = ipywidgets.ToggleButtons(options=names, value=names[-1], description="criterion")
+    def __init__(self, draw: Callable[..., tuple[Figure, str]], controls: Mapping[str, ipywidgets.Widget]) -> None:
+        self._draw = draw
+        self._waiting: asyncio.TimerHandle | None = None
+        self.controls = dict(controls)
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
         self.caption = ipywidgets.HTML()
-        for control in (self.budget, self.criterion):
-            control.observe(self._show, names="value")
-        super().__init__([self.budget, self.criterion, self.image, self.caption])
-        self._show()
+        self.caption.add_class("prunelab-caption")
+        for control in self.controls.values():
+            control.observe(self._moved, names="value")
+        super().__init__([*self.controls.values(), self.image, self.caption])
+        self.redraw()
 
-    def _show(self, change: object = None) -> None:
-        criterion, budget = self.criterion.value, self.budget.value
-        rows = self._table[(self._table["criterion"] == criterion) & (self._table["budget"] == budget)]
-        flops, params, accuracy = (float(rows[name].mean()) for name in ("flops_kept", "params_kept", "accuracy"))
-        plan = self._plans[criterion, budget]
-        figure = budget_view(plan, self._groups, self._table, whole=self._whole, mark=(flops, accuracy))
+    def redraw(self) -> None:
+        """Draw the figure for the controls as they stand, then publish the caption."""
+        self._waiting = None
+        figure, caption = self._draw(**{name: control.value for name, control in self.controls.items()})
         self.image.value = png(figure)
-        units = sum(group.size for group in self._groups)
-        left = units - sum(len(removed) for removed in plan.removed.values())
-        repeats = f" (means of {len(rows)} draws; the bars show the first)" if len(rows) > 1 else ""
-        self.caption.value = (
-            f"<b>{criterion}</b>, asked for {budget:.0%} of the FLOPs: {left} of {units} units stay, "
-            f"with {flops:.1%} of the FLOPs and {params:.1%} of the parameters; "
-            f"accuracy without fine-tuning {accuracy:.1%}{repeats}."
+        self.caption.value = caption
+
+    def _moved(self, change: object = None) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no kernel, as in tests
+            return self.redraw()
+        self.caption.value = "drawing …"
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = loop.call_later(PAUSE, self.redraw)
+        return None
+
+
+def explore(draw: Callable[..., tuple[Figure, str]], **controls: Choices | ipywidgets.Widget) -> Explorer:
+    """Return a widget that shows what ``draw`` makes of its controls.
+
+    Args:
+        draw: called with one keyword argument per control; returns the figure and what it shows, in words (HTML).
+        **controls: by the name of ``draw``'s argument: a ``range`` of whole numbers for a slider, a list of values or a
+            dict from labels to values to choose from (buttons up to four, else a list), or a widget with a ``value``.
+
+    Raises:
+        PruneLabError: a control is none of these, or has nothing to choose from.
+
+    >>> from prunelab.plots import picture
+    >>> widget = explore(lambda bits: (picture(), f"{2**bits} levels"), bits=range(1, 9))
+    >>> widget.controls["bits"].value = 3
+    >>> widget.caption.value
+    '8 levels'
+    """
+    return Explorer(draw, {name: _control(name, given) for name, given in controls.items()})
+
+
+def _control(name: str, given: Any) -> ipywidgets.Widget:
+    label = name.replace("_", " ")
+    wide = {"description": label, "style": {"description_width": "initial"}}
+    if isinstance(given, ipywidgets.Widget):
+        return given
+    if isinstance(given, range) and len(given):
+        low, high = given[0], given[-1]
+        return ipywidgets.IntSlider(low, low, high, given.step, continuous_update=False, **wide)
+    if isinstance(given, Mapping):
+        given = list(given.items())
+    if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
+        raise PruneLabError(
+            f"The control `{name}` is {given!r}; give a range, a list or a dict of choices, or a widget with a value."
         )
+    if all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in given):
+        return ipywidgets.SelectionSlider(
+            options=[(f"{choice:g}", choice) for choice in given], continuous_update=False, **wide
+        )
+    kind = ipywidgets.ToggleButtons if len(given) <= BUTTONS else ipywidgets.Dropdown
+    return kind(options=list(given), **wide)
 
 
 def budget_slider(
@@ -77,7 +122,7 @@ def budget_slider(
     table: pd.DataFrame,
     *,
     whole: float | None = None,
-) -> BudgetSlider:
+) -> Explorer:
     """Return a widget that shows plans by budget and criterion, with accuracies that were measured before.
 
     Args:
@@ -97,7 +142,32 @@ def budget_slider(
     for criterion, budget in table[["criterion", "budget"]].itertuples(index=False):
         if (criterion, budget) not in plans:
             raise PruneLabError(f"The budget slider has no plan for ({criterion!r}, {budget}), which its table names.")
-    return BudgetSlider(groups, plans, table, whole)
+    groups, units = list(groups), sum(group.size for group in groups)
+
+    def draw(budget: float, criterion: str) -> tuple[Figure, str]:
+        rows = table[(table["criterion"] == criterion) & (table["budget"] == budget)]
+        flops, params, accuracy = (float(rows[name].mean()) for name in ("flops_kept", "params_kept", "accuracy"))
+        plan = plans[criterion, budget]
+        left = units - sum(len(removed) for removed in plan.removed.values())
+        repeats = f" (means of {len(rows)} draws; the bars show the first)" if len(rows) > 1 else ""
+        caption = (
+            f"<b>{criterion}</b>, asked for {budget:.0%} of the FLOPs: {left} of {units} units stay, "
+            f"with {flops:.1%} of the FLOPs and {params:.1%} of the parameters; "
+            f"accuracy without fine-tuning {accuracy:.1%}{repeats}."
+        )
+        return budget_view(plan, groups, table, whole=whole, mark=(flops, accuracy)), caption
+
+    budgets = sorted(set(table["budget"]))
+    names = list(dict.fromkeys(table["criterion"]))
+    slider = ipywidgets.SelectionSlider(
+        options=[(f"{budget:.0%}", budget) for budget in budgets],
+        value=min(budgets, key=lambda budget: abs(budget - 0.5)),
+        description="FLOPs kept",
+        continuous_update=False,
+        layout=ipywidgets.Layout(width="26em"),
+    )
+    buttons = ipywidgets.ToggleButtons(options=names, value=names[-1], description="criterion")
+    return explore(draw, budget=slider, criterion=buttons)
 
 
-__all__ = ["BudgetSlider", "budget_slider"]
+__all__ = ["Explorer", "budget_slider", "explore"]

@@ -5,8 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunelab.axes import concatenation, find, freeze, is_frozen, leaf, leaves, product, regroup, show, split, unify
-from prunelab.groups import unit_map
+from prunelab.tracing.axes import (
+    concatenation,
+    find,
+    freeze,
+    is_frozen,
+    leaf,
+    leaves,
+    product,
+    regroup,
+    show,
+    split,
+    unify,
+)
+from prunelab.tracing.groups import unit_map
 
 
 def test_a_leaf_becomes_what_it_meets():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from prunelab.bottleneck import Bottleneck, fill, parts_of, refusal, shell
+from prunelab.factorization.bottleneck import Bottleneck, fill, parts_of, refusal, shell
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (3, 5, 6)),

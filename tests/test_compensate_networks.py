@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 import prunelab as pl
 from prunelab import Compensation, training
-from prunelab.compensate import make_up
-from prunelab.surgery import open_plan
+from prunelab.compensation.compensate import make_up
+from prunelab.surgery.apply import open_plan
 from tests.cases import OWN, Case, error, images, perturb, random_plan
 from tests.test_compensate import EXACT, LAYERS, batches, fit, inputs_of, make, put_back, same_shapes, stays
 

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
-from prunelab.surgery import open_plan
+from prunelab.surgery.apply import open_plan
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_small"])

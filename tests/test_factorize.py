@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import prunelab as pl
-from prunelab.bottleneck import Bottleneck, BottleneckAttention, parts_of, shell
 from prunelab.criteria.eigendamage import EigenScores, LayerScores
-from prunelab.factorize import _candidates, _layer
-from prunelab.factorized import Factorized, Narrowed, build
-from prunelab.modules import free
-from prunelab.ranks import Layer, choose
-from prunelab.sites import find
-from prunelab.surgery import PLANS
+from prunelab.factorization.bottleneck import Bottleneck, BottleneckAttention, parts_of, shell
+from prunelab.factorization.factorize import _candidates, _layer
+from prunelab.factorization.factorized import Factorized, Narrowed, build
+from prunelab.factorization.ranks import Layer, choose
+from prunelab.factorization.sites import find
+from prunelab.surgery.apply import PLANS
+from prunelab.surgery.modules import free
 from tests.cases import CASES, Embedded, Grouped, error, perturb, random_plan
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.axes import leaf
 from prunelab.criteria.blocks import block
 from prunelab.curvature.kronecker import Factors
-from prunelab.groups import Member
+from prunelab.tracing.axes import leaf
+from prunelab.tracing.groups import Member
 from tests.cases import Embedded
 
 KINDS = {

@@ -21,7 +21,7 @@ from prunelab.criteria.surgeon import (
     saliency,
 )
 from prunelab.curvature.kronecker import Factors
-from prunelab.masks import density
+from prunelab.sparsity.masks import density
 from tests.cases import perturb
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import prunelab as pl
-from prunelab.masks import densities, density, mask_of
+from prunelab.sparsity.masks import densities, density, mask_of
 from tests.cases import Embedded
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.drawing import network
+from prunelab.tracing.drawing import network
 from tests.cases import CASES, Case, error, permuted
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import ipywidgets
 import pandas as pd
 import pytest
 
 import prunelab as pl
-from prunelab.widgets import budget_slider
+from prunelab.errors import PruneLabError
+from prunelab.plots import picture
+from prunelab.widgets import PAUSE, budget_slider, explore
 
 
 @pytest.fixture
@@ -30,14 +34,14 @@ def test_a_move_of_the_slider_changes_image_and_caption(parts):
     assert image.startswith(b"\x89PNG")
     assert "4 of 8 units" in caption
     assert "accuracy without fine-tuning 50.0%" in caption
-    slider.budget.value = 0.75
+    slider.controls["budget"].value = 0.75
     assert "6 of 8 units" in slider.caption.value
     assert bytes(slider.image.value) != image
 
 
 def test_another_criterion_shows_its_own_accuracy(parts):
     slider = budget_slider(*parts)
-    slider.criterion.value = "random"
+    slider.controls["criterion"].value = "random"
     assert "<b>random</b>" in slider.caption.value
     assert "25.0%" in slider.caption.value
 
@@ -47,7 +51,7 @@ def test_the_caption_is_published_after_the_figure(parts):
     order: list[str] = []
     slider.image.observe(lambda _: order.append("image"), names="value")
     slider.caption.observe(lambda _: order.append("caption"), names="value")
-    slider.budget.value = 0.75
+    slider.controls["budget"].value = 0.75
     assert order == ["image", "caption"]
 
 
@@ -56,7 +60,7 @@ def test_no_output_widget_holds_up_nbclient(parts):
 
 
 def test_nothing_is_redrawn_while_the_slider_is_dragged(parts):
-    assert budget_slider(*parts).budget.continuous_update is False
+    assert budget_slider(*parts).controls["budget"].continuous_update is False
 
 
 def test_a_missing_plan_or_column_is_named(parts):
@@ -66,3 +70,38 @@ def test_a_missing_plan_or_column_is_named(parts):
     plans.pop(("random", 0.5))
     with pytest.raises(pl.PruneLabError, match=r"\('random', 0.5\)"):
         budget_slider(groups, plans, table)
+
+
+def test_choices_become_buttons_lists_and_sliders():
+    widget = explore(
+        lambda **state: (picture(), str(state)), few=["a", "b"], many=list("abcdef"), number=range(3), share=[0.1, 0.5]
+    )
+    kinds = [type(control).__name__ for control in widget.controls.values()]
+    assert kinds == ["ToggleButtons", "Dropdown", "IntSlider", "SelectionSlider"]
+    assert widget.caption.value == "{'few': 'a', 'many': 'a', 'number': 0, 'share': 0.1}"
+
+
+@pytest.mark.parametrize("nothing", [[], range(0), "words", 3])
+def test_a_control_without_choices_is_refused(nothing):
+    with pytest.raises(PruneLabError, match="`rank`"):
+        explore(lambda rank: (picture(), ""), rank=nothing)
+
+
+def test_of_a_queue_of_moves_the_last_alone_is_drawn():
+    drawn = []
+
+    def draw(number: int):
+        drawn.append(number)
+        return picture(), f"number {number}"
+
+    async def drag() -> str:
+        for number in (1, 2, 3):
+            widget.controls["number"].value = number
+        busy = widget.caption.value
+        await asyncio.sleep(3 * PAUSE)
+        return busy
+
+    widget = explore(draw, number=range(5))
+    assert asyncio.run(drag()) == "drawing …"
+    assert drawn == [0, 3]
+    assert widget.caption.value == "number 3"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.errors import BudgetError, PlanError
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError, BudgetError
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass(frozen=True, eq=False)

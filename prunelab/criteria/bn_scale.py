@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prunelab.batches import Batches
 from prunelab.criteria.base import Criterion, GroupwiseCriterion, Scores
 from prunelab.errors import BudgetError, PruneLabError
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Layers that divide by a statistic, then scale every channel by its own ``weight``."""

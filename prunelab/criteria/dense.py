@@ -18,7 +18,7 @@ from prunelab.criteria.surgeon import damped_inverse, greedy
 from prunelab.curvature import exact
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
-from prunelab.masks import parameters_of, prunable, put_masks
+from prunelab.sparsity.masks import parameters_of, prunable, put_masks
 
 FISHERS = ("empirical", "mc", "ggn", "hessian")
 

@@ -23,7 +23,7 @@ from prunelab.criteria.blocks import Block, KroneckerCriterion
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BudgetError, PlanError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -24,7 +24,7 @@ from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.layout import leaves
 from prunelab.curvature.one_pass import evaluating
 from prunelab.errors import BatchError, BudgetError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 CURVATURES = ("ggn", "mc", "empirical", "hessian")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from prunelab.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
 from prunelab.batches import call as call_model
 from prunelab.curvature.taps import LayerCall, Taps
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 
 class Layout(NamedTuple):

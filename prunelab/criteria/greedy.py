@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.criteria.base import Scores
-from prunelab.groups import Group
+from prunelab.tracing.groups import Group
 
 Bundle = tuple[Group, ...]
 """Groups that must lose equal numbers of units: they lose them together, the lowest of each at a time."""

@@ -23,7 +23,7 @@ from prunelab.criteria.blocks import Block, KroneckerCriterion, damped_inverse
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BudgetError
-from prunelab.groups import Member
+from prunelab.tracing.groups import Member
 
 
 @dataclass

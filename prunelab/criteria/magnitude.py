@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -14,7 +14,7 @@ from prunelab.curvature.dilation import pair_matrix, self_product
 from prunelab.curvature.hvp import check_part
 from prunelab.curvature.one_pass import model_of
 from prunelab.curvature.statistics import Statistics
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

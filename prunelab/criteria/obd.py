@@ -16,7 +16,7 @@ from prunelab.curvature.fisher import check_fisher
 from prunelab.curvature.hvp import hessian_product
 from prunelab.curvature.statistics import Statistics
 from prunelab.errors import BatchError, BudgetError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -30,8 +30,8 @@ from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, sa
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError, BudgetError
-from prunelab.groups import Group, Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.trace import DependencyGraph
 
 __all__ = ["OBS", "prune_weights"]
 

@@ -23,11 +23,11 @@ from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
-from prunelab.fakes import forget
-from prunelab.groups import Group
-from prunelab.silence import KeptNorms, _norms
-from prunelab.surgery import Kept
-from prunelab.trace import DependencyGraph
+from prunelab.surgery.apply import Kept
+from prunelab.surgery.silence import KeptNorms, _norms
+from prunelab.tracing.fakes import forget
+from prunelab.tracing.groups import Group
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Scores, sum_by_unit
 from prunelab.curvature import mean_gradient
-from prunelab.groups import Member
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.groups import Member
+from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass

@@ -22,7 +22,7 @@ from prunelab.curvature.moments import squared_sums
 from prunelab.curvature.per_sample import Part, as_float
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import squared_sums_by_vmap
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 Sums = dict[str, Tensor]
 Meta = dict[str, Any]

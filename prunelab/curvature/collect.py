@@ -19,7 +19,7 @@ from prunelab.curvature.fisher import check_fisher
 from prunelab.curvature.one_pass import model_of, one_pass, readable_again
 from prunelab.curvature.statistics import Statistics
 from prunelab.errors import BatchError, BudgetError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 __all__ = ["Statistics", "collect", "statistics_for"]
 

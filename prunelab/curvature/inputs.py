@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.axes import factors_of, is_frozen
 from prunelab.curvature.patches import coverage, patches
 from prunelab.curvature.per_sample import as_float
 from prunelab.curvature.taps import LayerCall
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.axes import factors_of, is_frozen
+from prunelab.tracing.trace import DependencyGraph
 
 MEMORY = 2**28
 """Bytes that the moment of one weight may take; where patches would need more, it is taken over channels."""

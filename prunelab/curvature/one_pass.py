@@ -25,7 +25,7 @@ from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
 from prunelab.errors import BatchError
-from prunelab.trace import DependencyGraph
+from prunelab.tracing.trace import DependencyGraph
 
 T = TypeVar("T")
 

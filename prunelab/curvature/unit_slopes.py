@@ -23,7 +23,7 @@ from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.layout import Layout, Routes, routes
 from prunelab.curvature.taps import LayerCall
 from prunelab.errors import BatchError
-from prunelab.groups import Group, Member
+from prunelab.tracing.groups import Group, Member
 
 LAYERS = ("linear", "conv", "conv_transpose")
 NORMS = ("channel_norm", "last_norm")

@@ -1,0 +1,116 @@
+"""What a checker answers, and how most of them find it: try cases, compare with the truth, then with known mistakes."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a checker found.
+
+    Attributes:
+        passed: whether the function does what was asked.
+        message: why, in words.
+    """
+
+    passed: bool
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return f"{'Right' if self.passed else 'Not yet'}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        head = "✓ Right" if self.passed else "✎ Not yet"
+        return f"<p><b>{head}:</b> {html.escape(self.message)}</p>"
+
+
+def answer_of(function: Callable, *arguments: Any) -> tuple[Any, Verdict | None]:
+    """Return what the reader's function gives, or the verdict that it gives nothing."""
+    call = f"{function.__name__}({', '.join(shown(argument) for argument in arguments)})"
+    try:
+        answer = function(*arguments)
+    except Exception as error:
+        return None, Verdict(False, f"{call} raised {type(error).__name__}: {error}")
+    if answer is None or answer is ...:
+        return None, Verdict(False, f"{call} returns nothing so far: replace the dots by your own lines.")
+    return answer, None
+
+
+def compare(
+    function: Callable,
+    cases: Sequence[tuple],
+    truth: Callable,
+    mistakes: Mapping[str, Callable],
+    *,
+    praise: str,
+    hint: str,
+    rtol: float = 1e-4,
+) -> Verdict:
+    """Try a reader's function on cases and say what is wrong with its answers, if anything is.
+
+    Args:
+        function: of the reader; it returns a number or a tensor.
+        cases: arguments, one tuple per call; tensors among them are cloned for every call.
+        truth: the right function.
+        mistakes: what to tell the reader -> a function that makes this mistake; the first that gives the reader's
+            answers in all cases is named.  Each must differ from the truth in one case at least.
+        praise: what a right answer shows, in words.
+        hint: what to say of an answer that is none of the known mistakes.
+        rtol: how far an answer may be off, relative to the largest entry of the right one.
+    """
+
+    def copied(case: tuple) -> tuple:
+        return tuple(part.clone() if isinstance(part, Tensor) else part for part in case)
+
+    def close(answer: Any, right: Any) -> bool:
+        answer, right = (torch.as_tensor(value, dtype=torch.float64) for value in (answer, right))
+        scale = right.abs().max().clamp_min(1e-12) if right.numel() else 1.0
+        return answer.shape == right.shape and bool(((answer - right).abs() <= rtol * scale).all())
+
+    answers = []
+    for case in cases:
+        answer, verdict = answer_of(function, *copied(case))
+        if verdict is not None:
+            return verdict
+        if isinstance(answer, bool) or not isinstance(answer, (int, float, Tensor)):
+            return Verdict(False, f"it should return a number or a tensor, not {type(answer).__name__}.")
+        answers.append(answer)
+    rights = [truth(*copied(case)) for case in cases]
+    for case, answer, right in zip(cases, answers, rights, strict=True):
+        if close(answer, right):
+            continue
+        given = ", ".join(shown(part) for part in case)
+        wrong = f"{function.__name__}({given}) gives {shown(answer)}, and {shown(right)} is right"
+        for words, mistake in mistakes.items():
+            if all(close(said, mistake(*copied(other))) for said, other in zip(answers, cases, strict=True)):
+                return Verdict(False, f"{wrong}: {words}.")
+        if torch.as_tensor(answer).shape != torch.as_tensor(right).shape:
+            return Verdict(
+                False, f"{wrong}: a tensor of shape {list(torch.as_tensor(right).shape)} is asked for. {hint}"
+            )
+        return Verdict(False, f"{wrong}. {hint}")
+    return Verdict(True, praise)
+
+
+def shown(value: Any) -> str:
+    """Return a value as a reader would write it down: tensors as lists, with three decimals."""
+    if isinstance(value, Tensor):
+        return str(torch.round(value.detach().double(), decimals=3).tolist())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {shown(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+__all__ = ["Verdict", "answer_of", "compare", "shown"]

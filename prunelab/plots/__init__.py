@@ -1,0 +1,24 @@
+"""Figures: what a notebook shows, as functions from plain data to a matplotlib ``Figure``.
+
+Flows in: tables, scores, plans, images.  Flows out: figures that stand on their own; no pyplot, no global settings.
+``style`` is the house's look; ``curves``, ``units`` and ``images`` serve every notebook; a module with a notebook's
+name draws what only that notebook shows.  ``widgets`` redraws them at a slider's move.
+"""
+
+from prunelab.plots.curves import accuracy_against_flops, trajectory
+from prunelab.plots.images import image_grid
+from prunelab.plots.style import Picture, axes_of, picture, png
+from prunelab.plots.units import budget_view, kept_units, rank_comparison
+
+__all__ = [
+    "Picture",
+    "accuracy_against_flops",
+    "axes_of",
+    "budget_view",
+    "image_grid",
+    "kept_units",
+    "picture",
+    "png",
+    "rank_comparison",
+    "trajectory",
+]

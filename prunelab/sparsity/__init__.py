@@ -1,0 +1,1 @@
+"""Single weights instead of units: ``sparsify`` chooses which stay, ``masks`` keeps the others zero in training."""

@@ -1,0 +1,197 @@
+"""Groups: what is left free when all equations are stated, and runs through a parameter.
+
+Flows in: a recorder after the run.  Flows out: groups with their members, and which groups must keep equal numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.tracing.axes import Axis, find, fold, freeze, is_frozen, leaves
+from prunelab.tracing.recorder import Recorder
+
+VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes", "slice")
+"""Operators whose sizes stand in the model's code, often as an integer attribute."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer that a group runs through.
+
+    Attributes:
+        name: qualified name of the parameter or buffer.
+        dim: the dimension.
+        role: ``"produces"`` (rows of a weight), ``"consumes"`` (its columns) or ``"carries"`` (norms, biases, scales).
+        axis: what the dimension is made of.
+        leaf: the part of it that is the group's.
+    """
+
+    name: str
+    dim: int
+    role: str
+    axis: Axis = field(repr=False, compare=False)
+    leaf: Axis = field(repr=False, compare=False)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """int64 ``[size of the dimension]``: the unit that owns each position, -1 where none does."""
+        return unit_map(self.axis, self.leaf)
+
+    def positions(self, unit: int) -> Tensor:
+        """Return int64 positions of one unit of the group in this dimension."""
+        return (self.unit == unit).nonzero().flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Slices that can only be removed together.
+
+    Attributes:
+        name: of the module that produces the units, with what they are after a colon if it has several kinds.
+        size: number of prunable units.
+        members: every dimension that the group runs through.
+        axis: the leaf of the axis algebra.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    axis: Axis = field(repr=False)
+
+
+def tie(recorder: Recorder) -> list[set[int]]:
+    """Return sets of leaves (by ``id``) that must keep equal numbers, since code asks for parts of equal size.
+
+    Parts are compared leaf by leaf; where they are not built alike they are frozen.  Views whose sizes stand in one
+    integer attribute of their module are tied too: it can only have one new value.
+    """
+    columns = []
+    for parts in recorder.ties:
+        alike = _columns(parts)
+        columns += alike or []
+        for part in parts if alike is None else []:
+            freeze(part, "code splits it into parts of equal size that are not built alike")
+    _freeze_together(columns)
+    ties = [{id(part) for part in column} for column in columns]
+    integers = _integers(recorder.model)
+    viewed: dict[tuple[str, int], list[Axis]] = {}
+    for op in recorder.tape:
+        if op.name in VIEWS and op.module in integers:
+            for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
+                if axis.size in integers[op.module] and not is_frozen(axis):
+                    viewed.setdefault((op.module, axis.size), []).append(axis)
+    for axes in viewed.values():
+        ties += [{id(part) for part in column} for column in _columns(axes) or []]
+    return ties
+
+
+def _freeze_together(columns: list[list[Axis]]) -> None:
+    """Freeze whatever is tied to a frozen axis, directly or by way of others."""
+    changed = True
+    while changed:
+        changed = False
+        for column in columns:
+            reason = next((part.frozen for part in column if part.frozen), None)
+            for part in column if reason else []:
+                changed |= part.frozen is None
+                freeze(part, f"it must stay as large as another axis: {reason}")
+
+
+def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
+    """Return the leaves of axes that are built alike, place by place; ``None`` if they are not."""
+    rows = [list(leaves(axis)) for axis in axes]
+    if len({tuple(part.size for part in row) for row in rows}) != 1:
+        return None
+    return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
+
+
+def _integers(model: nn.Module) -> dict[str, set[int]]:
+    found = {name: {value for value in vars(m).values() if type(value) is int} for name, m in model.named_modules()}
+    return {name: values for name, values in found.items() if values}
+
+
+def make_bundles(groups: tuple[Group, ...], ties: list[set[int]]) -> tuple[tuple[Group, ...], ...]:
+    """Put groups that are tied into one bundle; every group is in exactly one."""
+    bundle_of = {id(group.axis): [group] for group in groups}
+    for tie in ties:
+        bundles = list({id(bundle_of[part]): bundle_of[part] for part in tie if part in bundle_of}.values())
+        joined = [group for bundle in bundles for group in bundle]
+        for group in joined:
+            bundle_of[id(group.axis)] = joined
+    order = {group.name: place for place, group in enumerate(groups)}
+    unique = {id(bundle): sorted(bundle, key=lambda group: order[group.name]) for bundle in bundle_of.values()}
+    return tuple(tuple(bundle) for bundle in unique.values())
+
+
+def make_groups(recorder: Recorder) -> tuple[Group, ...]:
+    """Collect the free leaves of all parameters, in the order in which the model first used them."""
+    found: dict[int, tuple[Axis, list[tuple[str, int]]]] = {}
+    for name in sorted(recorder.visited, key=recorder.visited.__getitem__):
+        for place, dim in enumerate(recorder.parameters[name]):
+            for part in leaves(dim.axis):
+                if part.frozen is None:
+                    found.setdefault(id(part), (part, []))[1].append((name, place))
+    roles = _roles(recorder)
+    drafts = []
+    for axis, places in found.values():
+        members = tuple(
+            Member(name, place, _role(roles, (name, place), axis), recorder.parameters[name][place].axis, axis)
+            for name, place in dict.fromkeys(places)
+        )
+        drafts.append((axis, members))
+    names = _names(recorder, drafts)
+    return tuple(Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True))
+
+
+def _roles(recorder: Recorder) -> dict[tuple[str, int], list[tuple[str, Axis | None]]]:
+    roles: dict[tuple[str, int], list[tuple[str, Axis | None]]] = {}
+    for origin, role, within in recorder.marks:
+        roles.setdefault(origin, []).append((role, within))
+    return roles
+
+
+def _role(roles: dict, origin: tuple[str, int], axis: Axis) -> str:
+    known = roles.get(origin, [])
+    if any(within is not None and any(part is axis for part in leaves(within)) for _, within in known):
+        return "carries"
+    plain = {role for role, within in known if within is None}
+    return "produces" if "produces" in plain else "consumes" if "consumes" in plain else "carries"
+
+
+def _names(recorder: Recorder, drafts: Iterable[tuple[Axis, tuple[Member, ...]]]) -> list[str]:
+    """Name each group after the module of its first producer, and after what or where it is in there."""
+    names: list[str] = []
+    for axis, members in drafts:
+        first = next((member for member in members if member.role == "produces"), members[0])
+        free = [part for part in leaves(recorder.parameters[first.name][first.dim].axis) if part.frozen is None]
+        alone = all(part is axis for part in free)
+        place = next(place for place, part in enumerate(free) if part is axis)
+        name = module_of(first.name) + (f":{axis.label}" if axis.label else "" if alone else f":{place}")
+        names.append(name if name not in names else f"{name}.{place}")
+    return names
+
+
+def module_of(name: str) -> str:
+    """Return the module that a parameter belongs to, or the parameter itself where it has a name of its own."""
+    module, _, parameter = name.rpartition(".")
+    return module if module and parameter in ("weight", "bias", "running_mean", "running_var") else name
+
+
+def unit_map(axis: Axis, target: Axis) -> Tensor:
+    """Return int64 ``[axis.size]``: which entry of the leaf ``target`` each entry of ``axis`` belongs to, or -1."""
+
+    def at_leaf(part: Axis) -> Tensor:
+        return torch.arange(part.size) if part is find(target) else torch.full((part.size,), -1)
+
+    def at_product(parts: list[Tensor]) -> Tensor:
+        out = parts[0]
+        for part in parts[1:]:
+            out = torch.maximum(out[:, None], part[None, :]).flatten()
+        return out
+
+    return fold(axis, at_leaf, at_product, torch.cat)

@@ -1,0 +1,233 @@
+"""The recorder: what a model calls while it runs on tensors without data, and the axes of every tensor on the way.
+
+Flows in: a fake model and a rule for operators.  Flows out: a tape of calls, and facts about axes that rules noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunelab.errors import TraceError
+from prunelab.tracing.axes import Axis, freeze, leaf, unify
+
+
+class Dim(NamedTuple):
+    """One dimension of one tensor: its axis, and the ``(parameter, dimension)`` pairs that it is made from, if any.
+
+    Only tensors computed from parameters alone have origins; they tell which parameter an operator consumes.
+    """
+
+    axis: Axis
+    origins: frozenset[tuple[str, int]] = frozenset()
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+
+Dims = list[Dim]
+
+
+@cache
+def signature(func: Any) -> tuple[str, dict[str, Any]]:
+    """Return an operator's name and its arguments with their defaults, in order."""
+    name = func._schema.name.removeprefix("aten::")
+    return name, {argument.name: argument.default_value for argument in func._schema.arguments}
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return all tensors among values, lists and tuples of them included."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+class Call:
+    """One call of an operator: its arguments by name, the axes of its tensors, and where it happened.
+
+    Attributes:
+        values: argument name -> what was given, or the default.
+        tensors: all tensors among the arguments, lists included.
+        outputs: all tensors that it returned.
+    """
+
+    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        self.recorder, self.func, self.out = recorder, func, out
+        self.name, defaults = signature(func)
+        self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        self.tensors = tensors_in(self.values.values())
+        self.outputs = tensors_in([out])
+        self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.get(name, default)
+
+    def dims(self, value: Any) -> Dims:
+        """Return the dimensions of an argument, given by its name or as a tensor."""
+        return self.recorder.dims(self.values[value] if isinstance(value, str) else value)
+
+    def unify(self, first: Dim, second: Dim) -> None:
+        unify(first.axis, second.axis, f"{self.where}")
+
+    def freeze(self, dims: Iterable[Dim], why: str = "") -> None:
+        for dim in dims:
+            freeze(dim.axis, f"{self.where}{why and ' ' + why}")
+
+    def freeze_if_used(self, dims: Iterable[Dim], why: str) -> None:
+        """Freeze the dimensions once it is known that the model's output depends on what this call returns."""
+        self.recorder.conditions.append((self.outputs, list(dims), f"{self.where} {why}"))
+
+    def fresh(self, size: int, why: str = "makes it") -> Dim:
+        return Dim(leaf(size, f"{self.where} {why}"))
+
+    def mark(self, dim: Dim, role: str, within: Axis | None = None) -> None:
+        for origin in dim.origins:
+            self.recorder.marks.append((origin, role, within))
+
+    def count(self, constant: int, *dims: Dim) -> None:
+        """Add a term ``constant × sizes of dims`` to the model's FLOPs."""
+        self.recorder.flops.append((constant, tuple(dim.axis for dim in dims)))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of an operator: what was called, where, and the fake tensors that went in and came out.
+
+    ``training`` marks those of the second run, in training mode, for what only exists there.
+    """
+
+    func: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    module: str
+    training: bool = False
+
+    @property
+    def name(self) -> str:
+        return signature(self.func)[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, lists included."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+
+class Recorder(TorchDispatchMode):
+    """Lets a model run on fake tensors and keeps, for every tensor, the axes of its dimensions.
+
+    Args:
+        model: a copy on fake tensors; gets hooks that tell which module runs.
+        rule: gives the dimensions of every output of a call.
+
+    Attributes:
+        tape: every operator call, in order.
+        parameters: name -> dimensions of every parameter and buffer.
+        visited: name -> order of first use.
+        marks: ``((parameter, dim), role, axis)``: what an operator uses a dimension of a parameter for.
+        sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
+        ties: axes that the model's code takes to be of equal size.
+        conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
+    """
+
+    def __init__(self, model: nn.Module, rule: Callable[[Call], list[Dims]]) -> None:
+        super().__init__()
+        self.model, self.rule = model, rule
+        self.tape: list[Op] = []
+        self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
+        self.sizes: list[tuple[str, str, Axis]] = []
+        self.ties: list[list[Axis]] = []
+        self.conditions: list[tuple[list[Tensor], Dims, str]] = []
+        self.flops: list[tuple[int, tuple[Axis, ...]]] = []
+        self.visited: dict[str, int] = {}
+        self._dims: dict[int, Dims] = {}
+        self._keep: list[Tensor] = []
+        self._stack: list[str] = []
+        self.parameters: dict[str, Dims] = {}
+        self._names: dict[int, str] = {}
+        for name, tensor in named_tensors(model):
+            why = None if tensor.is_floating_point() or tensor.is_complex() else "it holds numbers, not weights"
+            self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
+            self._names[id(tensor)] = name
+            self.know(tensor, self.parameters[name])
+        self._watch_modules()
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module whose ``forward`` runs now."""
+        return self._stack[-1] if self._stack else ""
+
+    def know(self, tensor: Tensor, dims: Dims) -> None:
+        """Keep the axes of a tensor (and the tensor, so that its identity stays its own)."""
+        self._dims[id(tensor)] = dims
+        self._keep.append(tensor)
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """Return the axes of a tensor; one that the tracer never saw is a constant of the code."""
+        if id(tensor) not in self._dims:
+            where = f"a constant in `{self.module or type(self.model).__name__}`"
+            self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
+        return self._dims[id(tensor)]
+
+    def _watch_modules(self) -> None:
+        """Follow which module runs, by hooks on the fake copy."""
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))
+            module.register_forward_hook(leave, always_call=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            raise TraceError(
+                f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
+                f"failed on tensors without data: {first_line(error)}"
+            ) from error
+        if func.namespace == "prim":
+            return out  # where a tensor lies: nothing is computed
+        call = Call(self, func, args, kwargs, out)
+        if not call.outputs:
+            return out
+        for tensor in call.tensors:
+            if id(tensor) in self._names:
+                self.visited.setdefault(self._names[id(tensor)], len(self.visited))
+        computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
+        for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
+            if id(tensor) not in self._names:
+                self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
+        self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
+        return out
+
+
+def _parametric(dims: Dims) -> bool:
+    return not dims or any(dim.origins for dim in dims)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer once, by its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()

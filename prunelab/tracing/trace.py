@@ -1,0 +1,254 @@
+"""The tracer: run the model once on tensors without data, and read off which slices must be cut together.
+
+Flows in: a model and example inputs.  Flows out: a ``DependencyGraph`` whose groups hold the coupled slices.  Every
+operator that the model calls states one equation between axes (``rules``); what the equations leave free is a group.
+Notebook 01_tracing derives it.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prunelab.errors import TraceError
+from prunelab.tracing import fakes
+from prunelab.tracing.axes import Axis, freeze, leaf, leaves
+from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
+from prunelab.tracing.recorder import Dim, Op, Recorder, first_line, named_tensors
+from prunelab.tracing.rules import apply_rule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class DependencyGraph:
+    """What the tracer found: the groups, and the axes of every parameter.
+
+    Attributes:
+        model: the model that was traced, untouched.
+        inputs: description of the example inputs, as plain data.
+        groups: the groups in forward order.
+        bundles: the groups again, with those together that must keep equal numbers of units.
+        frozen: ``(name, dim) -> reason`` for every dimension of a parameter that has nothing to remove.
+        tape: every operator call, in order.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Any, recorder: Recorder, ties: list[set[int]], ignored: Mapping[str, str]
+    ) -> None:
+        self.model, self.inputs, self.tape = model, inputs, recorder.tape
+        self.visited = recorder.visited
+        self.sizes, self.flop_terms = recorder.sizes, recorder.flops
+        self.dims = recorder.parameters
+        self._recorder = recorder
+        reasons: dict[int, str] = {}
+        bundles, groups = [], make_groups(recorder)
+        for bundle in make_bundles(groups, ties):
+            why = next((ignored[m.name] for group in bundle for m in group.members if m.name in ignored), None)
+            if why is None:
+                bundles.append(bundle)
+            else:
+                reasons |= {id(group.axis): why for group in bundle}
+        self.bundles: tuple[tuple[Group, ...], ...] = tuple(bundles)
+        self.groups: tuple[Group, ...] = tuple(group for group in groups if id(group.axis) not in reasons)
+        self._by_leaf = {id(group.axis): group for group in self.groups}
+        self.frozen: Mapping[tuple[str, int], str] = {
+            (name, place): next(part.frozen or reasons[id(part)] for part in leaves(dim.axis))
+            for name, dims in self.dims.items()
+            for place, dim in enumerate(dims)
+            if all(part.frozen is not None or id(part) in reasons for part in leaves(dim.axis))
+        }
+
+    def groups_of(self, name: str, dim: int = 0) -> tuple[Group, ...]:
+        """Return every group that runs through a dimension of a parameter, the outermost first.
+
+        Raises:
+            TraceError: the model has no such parameter or dimension.
+        """
+        if name not in self.dims or not -len(self.dims[name]) <= dim < len(self.dims[name]):
+            raise TraceError(f"{type(self.model).__name__} has no dimension {dim} of a parameter or buffer `{name}`.")
+        found = (self._by_leaf.get(id(part)) for part in leaves(self.dims[name][dim].axis))
+        return tuple(dict.fromkeys(group for group in found if group is not None))
+
+    def group_of(self, name: str, dim: int = 0) -> Group | None:
+        """Return the group that runs through a dimension of a parameter, ``None`` where it is frozen.
+
+        Where several do (attention heads × head width) it is the outermost; ``groups_of`` gives all.
+
+        Raises:
+            TraceError: the model has no such parameter or dimension.
+        """
+        return next(iter(self.groups_of(name, dim)), None)
+
+    def axes_of(self, tensor: Tensor) -> tuple[Axis, ...]:
+        """Return the axes of a fake tensor on the tape."""
+        return tuple(dim.axis for dim in self._recorder.dims(tensor))
+
+    def origins_of(self, tensor: Tensor) -> set[tuple[str, int]]:
+        """Return the dimensions of parameters that a fake tensor on the tape is made from, if from nothing else."""
+        return {origin for dim in self._recorder.dims(tensor) for origin in dim.origins}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer when it was traced."""
+        return {name: tuple(dim.size for dim in dims) for name, dims in self.dims.items()}
+
+    def __repr__(self) -> str:
+        rows = [("group", "units", "produced by", "consumed by"), *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        head, *rows = [("group", "units", "produced by", "consumed by"), *self._rows()]
+        cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        names = "".join(f"<th>{name}</th>" for name in head)
+        return f"<p>{html.escape(self._title())}</p><table><tr>{names}</tr>{cells}</table>"
+
+    def draw(self, groups: Iterable[Group | str] | None = None) -> Figure:
+        """Draw the network with one colour per group, or only the given groups in colour; see ``drawing.draw``.
+
+        Raises:
+            PlanError: ``groups`` names one that there is not, or the network is too large for a figure.
+        """
+        from prunelab.tracing.drawing import draw
+
+        return draw(self, groups)
+
+    def _title(self) -> str:
+        units = sum(group.size for group in self.groups)
+        number = f"{len(self.groups)} group{'s' if len(self.groups) != 1 else ''}"
+        return f"{type(self.model).__name__}: {number}, {units} prunable units"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        def names(group: Group, role: str) -> str:
+            found = list(dict.fromkeys(module_of(m.name) for m in group.members if m.role == role))
+            return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+        return [(g.name, str(g.size), names(g, "produces") or "–", names(g, "consumes") or "–") for g in self.groups]
+
+
+def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[str | nn.Module] = ()) -> DependencyGraph:
+    """Find the groups of coupled slices of ``model``, without computing anything.
+
+    The model runs once, in eval mode, as a copy on tensors that have a shape and no data; the model itself is not
+    touched, and may be of any size and on any device.  If that leaves parameters unused, it runs once more in training
+    mode, for auxiliary heads.
+
+    Args:
+        model: any module that PyTorch can run on fake tensors: no hints are needed.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; only shapes and
+            types matter.
+        ignore: names of modules or parameters, or modules, that must stay whole; what is coupled to them stays too.
+
+    Returns:
+        The dependency graph.
+
+    Raises:
+        TraceError: the model's code depends on the data, or an operator cannot run without any; the message names the
+            operator and the module.  Or ``ignore`` names something that the model does not have.
+        BatchError: ``example_inputs`` is of a type that no model takes.
+
+    >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4))
+    >>> print(graph)
+    Sequential: 1 group, 8 prunable units
+    group  units  produced by  consumed by
+    0      8      0            2
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
+    sparse = next((name for name, _ in model.named_buffers() if name.endswith(".mask") and "parametriz" in name), None)
+    if sparse is not None:
+        module = sparse.partition(".parametrizations.")[0]
+        raise TraceError(f"`{module}` has a mask on its weights: write the zeros into them first, with pl.bake(model).")
+    ignored = _ignored(model, ignore)
+    mode = fakes.fake_mode()
+    copy = fakes.fake_model(model, mode)
+    args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
+    recorder = Recorder(copy, apply_rule)
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
+    out = _run(copy.eval(), args, kwargs, mode, recorder)
+    results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+    if not results:
+        raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
+    if any(name not in recorder.visited for name, _ in model.named_parameters()):
+        results += _run_in_training(copy, args, kwargs, mode, recorder)
+    for tensor in results:
+        for dim in recorder.dims(tensor):
+            freeze(dim.axis, "the model's output")
+    used = _used(recorder.tape, results) if recorder.conditions else set()
+    for outputs, dims, reason in recorder.conditions:
+        for dim in dims if any(id(tensor) in used for tensor in outputs) else []:
+            freeze(dim.axis, reason)
+    for name, dims in recorder.parameters.items():
+        if name not in recorder.visited:
+            for dim in dims:
+                freeze(dim.axis, "no operator used it in this trace")
+    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), ignored)
+
+
+def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module]) -> dict[str, str]:
+    """Return why it stays for every parameter and buffer that is, or is part of, what ``ignore`` names."""
+    modules = {id(module): name for name, module in model.named_modules()}
+    reasons: dict[str, str] = {}
+    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+        name = modules.get(id(item)) if isinstance(item, nn.Module) else item
+        inside = [key for key, _ in named_tensors(model) if name == "" or f"{key}.".startswith(f"{name}.")]
+        if name is None or (not inside and name not in modules.values()):
+            what = f"a {type(item).__name__}" if isinstance(item, nn.Module) else f"`{item}`"
+            raise TraceError(f"ignore holds {what}, which is no module or parameter of {type(model).__name__}.")
+        reasons |= dict.fromkeys(inside, f"`{name}` is ignored, as asked")
+    return reasons
+
+
+def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
+    fast_path, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
+    quiet = log.disabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    log.disabled = True  # what fails is raised, with the module's name
+    try:
+        with torch.no_grad(), mode, recorder:
+            return copy(*args, **kwargs)
+    except TraceError:
+        raise
+    except Exception as error:
+        where = f"in `{recorder.module}`" if recorder.module else "in its forward"
+        raise TraceError(
+            f"{type(copy).__name__} cannot be traced: {where}: {first_line(error)}. "
+            "Check the example inputs; code that looks at values cannot run on tensors without data."
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        log.disabled = quiet
+
+
+def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
+    """Return the ``id`` of every tensor that the results depend on; operators that write in place count as used."""
+    used = {id(tensor) for tensor in results}
+    for op in reversed(tape):
+        if op.func._schema.is_mutable or any(id(tensor) in used for tensor in op.outputs):
+            used.update(id(tensor) for tensor in op.tensors)
+            used.update(id(tensor) for tensor in op.outputs)
+    return used
+
+
+def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> list[Tensor]:
+    """Trace what only runs in training onto the same axes and return its outputs; none if it cannot run."""
+    flops, length = list(recorder.flops), len(recorder.tape)
+    try:
+        out = _run(copy.train(), args, kwargs, mode, recorder)
+    except TraceError:
+        del recorder.tape[length:]
+        return []
+    finally:
+        recorder.flops = flops
+    return [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
