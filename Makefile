@@ -24,7 +24,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks zoo bench-trace format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench-trace format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ unit: setup ## run the tests and the examples in docstrings (pytest)
 notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 	@echo "== notebooks"
 	@$(RUN) -m pytest --nbval-lax --nbval-current-env notebooks
+
+papermill: setup ## run every notebook once more, with other parameters than its own
+	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
+
+claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md
+	@$(RUN) -m prunelab.notebook claims notebooks/*.ipynb > notebooks/CLAIMS.md
 
 zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
 	@$(RUN) -m bench.zoo --out bench/zoo.md

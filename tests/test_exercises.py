@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,17 +11,30 @@ import torch
 
 from prunelab.exercises import tour as exercises
 
-SOLUTIONS = Path(__file__).resolve().parents[1] / "notebooks" / "solutions" / "00_tour.md"
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["kept_flops", "lowest_units"])
-def test_the_solutions_are_right(name):
-    if not SOLUTIONS.is_file():
-        pytest.skip("the notebooks are not here")
+@pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
+def test_the_solutions_are_right(path):
+    checkers = importlib.import_module(f"prunelab.exercises.{path.stem[3:]}")
     found: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", SOLUTIONS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for block in BLOCK.findall(path.read_text(encoding="utf-8")):
         exec(block, found)
-    assert getattr(exercises, name)(found[name])
+    for name in checkers.__all__:
+        verdict = getattr(checkers, name)(found[name])
+        assert verdict, verdict.message
+        assert verdict.message, "a right answer deserves a sentence too"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
+def test_an_empty_answer_is_told_to_replace_the_dots(path):
+    checkers = importlib.import_module(f"prunelab.exercises.{path.stem[3:]}")
+    for name in checkers.__all__:
+        verdict = getattr(checkers, name)(lambda *given: ...)
+        assert not verdict
+        assert "replace the dots" in verdict.message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import prunelab as pl
-from prunelab.notebook import RESULT, Between, clean, main, publish_result, readable, validate
+from prunelab.notebook import RESULT, Between, clean, publish_result, readable, validate
+from prunelab.notebook.__main__ import main
 
 
 def cell(source: str, *tags: str):

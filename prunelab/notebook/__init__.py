@@ -1,0 +1,13 @@
+"""What notebooks need, and what runs them: checked parameters, published results, a command line.
+
+``parameters`` and ``results`` are for use in a notebook; ``run`` leaves an executed copy, a web page and the results in
+a folder; ``save`` executes a notebook in place and cleans it, so that it can be committed with its outputs.  Flows in:
+a notebook and parameters.  Flows out: files.
+"""
+
+from prunelab.notebook.parameters import Between, validate
+from prunelab.notebook.results import RESULT, publish_result, readable, result_of
+from prunelab.notebook.run import run
+from prunelab.notebook.save import clean, save
+
+__all__ = ["RESULT", "Between", "clean", "publish_result", "readable", "result_of", "run", "save", "validate"]
