@@ -3,12 +3,15 @@
 
 PYTHON ?= python3
 OUT ?= out
+# How many test files run side by side, each on one core.
+JOBS ?= 2
 
 VENV := .venv
 UV := .uv/bin/uv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.prunelab-ready
 BENCH := $(VENV)/.prunelab-bench
+BESIDE := --numprocesses $(JOBS) --dist loadfile
 
 # Notebooks run on the kernel of .venv, whatever else is installed for this user.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -52,11 +55,11 @@ types: setup ## check types (mypy)
 
 unit: setup ## run the tests and the examples in docstrings (pytest)
 	@echo "== unit tests"
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(BESIDE)
 
 notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 	@echo "== notebooks"
-	@$(RUN) -m pytest --nbval-lax --nbval-current-env notebooks
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(BESIDE) --nbval-lax --nbval-current-env notebooks
 
 papermill: setup ## run every notebook once more, with other parameters than its own
 	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
