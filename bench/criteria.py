@@ -5,7 +5,7 @@
 Writes OUT.json after every measurement, goes on from what is there already, and OUT.md at the end.  Two tables for
 every network: Spearman's rank correlation of each criterion with the measured loss of silencing single units (a random
 sample of them), over all units and within groups; accuracy and loss on test images after cuts to several shares of the
-FLOPs, scored once or anew before each of several steps.
+FLOPs, with and without compensation, scored once or anew before each of several steps.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ GREEDY: dict[str, dict[str, Any]] = {
     "gate greedy, T=4, 1 label": {"interactions": True, "temperature": 4.0, "curvature": "mc"},
 }
 """For cuts only: alone, a unit's score is that of the gate without interactions."""
+
+FACTORIZED: dict[str, dict[str, Any]] = {
+    "eigendamage, factorized": {},
+    "eigendamage, factorized, sampled labels": {"fisher": "mc"},
+    "eigendamage, factorized, GGN": {"fisher": "ggn"},
+}
+"""For cuts only: the criterion's own surgery, bottlenecks in the eigenbasis instead of channels."""
 
 STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "gate", *(label for label in GREEDY if "T=4" in label))
 """What is also scored anew before each of several steps, which takes a while."""
@@ -131,11 +138,12 @@ def correlations(run: Run, network: str, images: int, seed: int) -> None:
             continue
         took = time.perf_counter() - start
         found = {name: scores[name][chosen].double() for name, chosen in units.items()}
-        within = [spearman(found[name], truth[name]) for name in units if len(units[name]) >= 6]
+        within = {name: spearman(found[name], truth[name]) for name in units if len(units[name]) >= 6}
         row = {
             "criterion": label,
             "spearman": spearman(torch.cat(list(found.values())), torch.cat(list(truth.values()))),
-            "within groups": mean([value for value in within if value == value] or [float("nan")]),
+            "within groups": mean([value for value in within.values() if value == value] or [float("nan")]),
+            "per group": within,
             "seconds": took,
             "oracle seconds": seconds,
             "units": sum(map(len, units.values())),
@@ -153,10 +161,11 @@ def cuts(run: Run, network: str, images: int, seed: int) -> None:
     for label, criterion in everything.items():
         for steps in run.args.steps if label in STEPPED else [1]:
             scores = None
-            for per in ("unit", "flops") if steps == 1 else ("flops",):
+            ways = [("unit", None), ("flops", None), ("flops", "consumers")] if steps == 1 else [("flops", None)]
+            for per, compensate in ways:
                 for share in run.args.shares:
                     key = {"table": "cuts", "network": network, "images": images, "seed": seed}
-                    key |= {"criterion": label, "steps": steps, "per": per, "flops": share}
+                    key |= {"criterion": label, "steps": steps, "per": per, "flops": share, "compensate": compensate}
                     if run.done(**key):
                         continue
                     current = model
@@ -165,16 +174,31 @@ def cuts(run: Run, network: str, images: int, seed: int) -> None:
                             if scores is None or steps > 1:
                                 scores = criterion(pl.trace(current, INPUTS), batches)
                             left = share ** (step / steps) * whole / pl.count(current, INPUTS).flops
-                            current = pl.apply(current, pl.plan(scores, flops=left, per=per))
+                            plan = pl.plan(scores, flops=left, per=per)
+                            current = pl.apply(current, plan, compensate=batches if compensate else None)
                     except pl.PruneLabError as error:
                         tqdm.write(f"{network}: {label}: {error}")
                         continue
                     row = key | evaluate(current, run.test)
-                    if run.args.finetune and steps == 1 and per == "flops":
+                    if run.args.finetune and steps == 1 and (per, compensate) == ("flops", None):
                         recipe = Recipe(run.args.finetune, lr=run.args.lr, weight_decay=5e-4)
                         fit(current, run.data.train, recipe, seed=seed, progress=False)
                         row["fine-tuned"] = evaluate(current, run.test)["accuracy"]
                     run.keep(row)
+
+
+def factorizations(run: Run, network: str, images: int, seed: int) -> None:
+    """Replace layers by bottlenecks, to every share of the FLOPs, at once."""
+    model, batches = pl.zoo.load(network), run.batches(images, seed)
+    graph = pl.trace(model, INPUTS)
+    for label, options in FACTORIZED.items():
+        scores = None
+        for share in run.args.shares:
+            key = {"table": "cuts", "network": network, "images": images, "seed": seed, "criterion": label}
+            key |= {"steps": 1, "per": "flops", "flops": share, "compensate": None}
+            if not run.done(**key):
+                scores = scores or pl.criteria.EigenDamage(**options)(graph, batches)
+                run.keep(key | evaluate(pl.factorize(model, scores, flops=share), run.test))
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -196,6 +220,53 @@ def spread(values: list[float], form: str = "{:.2f}") -> str:
 def unique(rows: list[dict[str, Any]], name: str) -> list[Any]:
     """Return the values of a column, each once, in the order of rows."""
     return list(dict.fromkeys(row[name] for row in rows if name in row))
+
+
+def layers(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of rank correlations within each group, means over seeds."""
+    rows = [row for row in rows if row.get("per group")]
+    groups = list(dict.fromkeys(name for row in rows for name in row["per group"]))
+    if not groups:
+        return
+    yield f"### {rows[0]['network']}: rank correlation within each group"
+    yield ""
+    body = []
+    for label in unique(rows, "criterion"):
+        own = [row["per group"] for row in rows if row["criterion"] == label]
+        body.append([label, *(spread([one[name] for one in own if name in one]).split(" ")[0] for name in groups)])
+    yield from table(["criterion", *(f"`{name}`" for name in groups)], body)
+
+
+def accuracies(network: str, steps: int, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of accuracies and losses after cuts."""
+    shares = sorted(unique(rows, "flops"), reverse=True)
+    how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
+    yield f"## {network}: accuracy (loss) after cuts {how}"
+    yield ""
+    yield f"Without fine-tuning, {len(unique(rows, 'seed'))} seeds of scoring images; FLOPs are what is left."
+    yield ""
+    tuned = any("fine-tuned" in row for row in rows)
+    head = ["criterion", "ranked per", *(f"{share:.0%} of the FLOPs" for share in shares)]
+    head += [f"{share:.0%}, fine-tuned" for share in shares] if tuned else []
+    body = []
+    for label in unique(rows, "criterion"):
+        for per, compensate in (("unit", None), ("flops", None), ("flops", "consumers")):
+            own = [
+                row for row in rows if (row["criterion"], row["per"], row.get("compensate")) == (label, per, compensate)
+            ]
+            if not own:
+                continue
+            at = {share: [row for row in own if row["flops"] == share] for share in shares}
+            cells = [
+                f"{spread([100 * row['accuracy'] for row in at[share]], '{:.1f}')} "
+                f"({spread([row['loss'] for row in at[share]]).split(' ')[0]})"
+                for share in shares
+            ]
+            if tuned:
+                share_of = [[100 * row["fine-tuned"] for row in at[share] if "fine-tuned" in row] for share in shares]
+                cells += [spread(values, "{:.1f}") for values in share_of]
+            body.append([label, f"{per}, compensated" if compensate else per, *cells])
+    yield from table(head, body)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -222,32 +293,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             oracle = mean(row["oracle seconds"] / row["units"] for row in found if row["images"] == sizes[-1])
             body.append(["oracle", *("1" for _ in sizes), f"{oracle:.2f} per unit"])
             lines += [*table(head, body), ""]
+            lines += [*layers(found), ""]
         found = [row for row in rows if row["network"] == network and row["table"] == "cuts"]
         for steps in sorted(unique(found, "steps")):
-            some = [row for row in found if row["steps"] == steps]
-            shares = sorted(unique(some, "flops"), reverse=True)
-            how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
-            lines += [f"## {network}: accuracy (loss) after cuts {how}", ""]
-            head = ["criterion", "ranked per", *(f"{share:.0%} of the FLOPs" for share in shares)]
-            tuned = any("fine-tuned" in row for row in some)
-            head += [f"{share:.0%}, fine-tuned" for share in shares] if tuned else []
-            body = []
-            for label in unique(some, "criterion"):
-                for per in unique(some, "per"):
-                    own = [row for row in some if (row["criterion"], row["per"]) == (label, per)]
-                    at = {share: [row for row in own if row["flops"] == share] for share in shares}
-                    cells = [
-                        f"{spread([100 * r['accuracy'] for r in at[share]], '{:.1f}')} "
-                        f"({spread([r['loss'] for r in at[share]]).split(' ')[0]})"
-                        for share in shares
-                    ]
-                    if tuned:
-                        cells += [
-                            spread([100 * r["fine-tuned"] for r in at[share] if "fine-tuned" in r], "{:.1f}")
-                            for share in shares
-                        ]
-                    body.append([label, per, *cells])
-            lines += [*table(head, body), ""]
+            lines += [*accuracies(network, steps, [row for row in found if row["steps"] == steps]), ""]
     return "\n".join(lines)
 
 
@@ -261,7 +310,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of images and units")
     parser.add_argument("--units", type=int, default=150, help="to measure, about")
     parser.add_argument("--test", type=int, default=1000, help="images to measure accuracy on")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3], help="of the FLOPs kept")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.9, 0.7, 0.5, 0.3, 0.15], help="of the FLOPs kept")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--finetune", type=int, default=0, help="epochs on the embedded images after cuts at once")
     parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
@@ -276,6 +325,8 @@ def main() -> None:
                     correlations(run, network, images, seed)
                 if "cuts" in args.tables:
                     cuts(run, network, images, seed)
+                    if "eigendamage" in run.args.criteria:
+                        factorizations(run, network, images, seed)
     args.out.with_suffix(".md").write_text(markdown(run.rows))
     print(markdown(run.rows))
 
