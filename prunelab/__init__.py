@@ -7,7 +7,7 @@ small  = pl.apply(model, plan)               # your own class, smaller
 pl.save(small, "small.safetensors")
 """
 
-from prunelab import criteria, data, zoo
+from prunelab import criteria, data, regularizers, zoo
 from prunelab.compensation.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
@@ -55,6 +55,7 @@ __all__ = [
     "masked",
     "plan",
     "prune",
+    "regularizers",
     "save",
     "sparsify",
     "trace",
