@@ -15,7 +15,8 @@ from prunelab.curvature.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
 from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
-from prunelab.plan import Plan, plan
+from prunelab.planning.choose import plan
+from prunelab.planning.plan import Plan
 from prunelab.pruning import Report, prune
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify

@@ -16,7 +16,8 @@ from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
 from prunelab.errors import BudgetError
-from prunelab.plan import Plan, plan
+from prunelab.planning.choose import plan
+from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import apply
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import trace

@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from prunelab.errors import PruneLabError
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.plots.style import png
 from prunelab.plots.units import budget_view
 from prunelab.tracing.groups import Group

@@ -32,7 +32,7 @@ from prunelab.curvature.inputs import MEMORY, InputMoment, consumers, describe, 
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.taps import LayerCall, Taps
 from prunelab.errors import BatchError, BudgetError
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
 

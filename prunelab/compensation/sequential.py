@@ -38,7 +38,7 @@ from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.per_sample import as_float
 from prunelab.curvature.taps import LayerCall, Taps
 from prunelab.errors import BatchError
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
 from prunelab.surgery.silence import masked
 from prunelab.tracing.trace import DependencyGraph

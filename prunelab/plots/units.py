@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunelab.criteria import Scores
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.plots.curves import accuracy_lines
 from prunelab.plots.style import BLUE, GREY, INK, PALE, VERMILLION, axes_of, picture
 from prunelab.tracing.groups import Group

@@ -16,7 +16,7 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare

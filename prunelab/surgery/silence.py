@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.trace import DependencyGraph
