@@ -24,7 +24,7 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, PruneLabError
-from prunelab.plan import Plan
+from prunelab.planning.plan import Plan
 from prunelab.replay.graph import Builder, constant
 from prunelab.replay.inputs import Sizes
 from prunelab.replay.sizes import batch_of, choices, resized, with_batch
