@@ -7,7 +7,7 @@ small  = pl.apply(model, plan)               # your own class, smaller
 pl.save(small, "small.safetensors")
 """
 
-from prunelab import criteria, data, regularizers, zoo
+from prunelab import criteria, data, distributed, regularizers, zoo
 from prunelab.compensation.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
@@ -50,6 +50,7 @@ __all__ = [
     "count",
     "criteria",
     "data",
+    "distributed",
     "factorize",
     "latency",
     "load",

@@ -15,6 +15,7 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
+from prunelab.distributed import of_rank_0, weights_of_rank_0
 from prunelab.errors import BudgetError
 from prunelab.planning.choose import plan
 from prunelab.planning.plan import Plan
@@ -82,6 +83,8 @@ def prune(
         example_inputs: a tensor, a tuple or a dict; shapes and types matter.
         criterion: a name, or a criterion with options.
         data: batches for the criterion, ``(inputs, targets)``; it is read once per step, twice with ``compensate``.
+            With ``distributed.Sharded`` every process gives its share and calls this; plans, rows of the report and
+            weights are then the same in all of them.
         flops: share of the FLOPs that is kept; or
         params: share of the parameters that is kept; or
         ratio: share of the units that is removed.
@@ -112,21 +115,21 @@ def prune(
         cost = count(current, example_inputs)
         row = {"step": step, "stage": stage, "flops": cost.flops, "params": cost.params}
         row |= {"flops_kept": cost.flops / whole.flops, "params_kept": cost.params / whole.params}
-        report.rows.append(row | dict(evaluate(current) if evaluate else {}))
+        report.rows.append(of_rank_0(row | dict(evaluate(current) if evaluate else {}), data))
 
     record(model, 0, "before")
     current = model
     for step in range(1, steps + 1):
         scores = chosen(trace(current, example_inputs), data)
         budget = _step_budget(report.rows[-1], step, steps, flops=flops, params=params, ratio=ratio)
-        made = plan(scores, **{**budget, **options})
-        current = apply(current, made, compensate=refit)
+        made = of_rank_0(plan(scores, **{**budget, **options}), data)
+        current = weights_of_rank_0(apply(current, made, compensate=refit), data)
         report.plans.append(made)
         record(current, step, "cut")
         if finetune is not None:
             training = current.training
             finetune(current)
-            current.train(training)
+            weights_of_rank_0(current.train(training), data)
             record(current, step, "fine-tuned")
     return current, report
 

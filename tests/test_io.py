@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from torch import nn
 
 import prunelab as pl
 from tests.cases import Embedded, random_plan
+from tests.files import forge, header_of
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_small"])
@@ -65,23 +65,16 @@ def test_what_cannot_be_loaded_is_an_error_and_the_model_stays(small, tmp_path):
 
     with pytest.raises(pl.DataError, match="missing"):
         pl.load(model, tmp_path / "nothing")
-    wrong.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(pl.DataError, match="damaged"):
-        pl.load(model, wrong)
-    torch.save(model.state_dict(), wrong)
-    with pytest.raises(pl.DataError, match="not a model saved by prunelab"):
-        pl.load(model, wrong)
-    save_file({"weight": torch.ones(2)}, wrong)
-    with pytest.raises(pl.DataError, match="not a model saved by prunelab"):
-        pl.load(model, wrong)
-    save_file(load_file(path), wrong, metadata={"prunelab": json.dumps({"format": 99, "plans": []})})
-    with pytest.raises(pl.DataError, match="format 99"):
-        pl.load(model, wrong)
     with pytest.raises(pl.DataError, match="does not fit.*Sequential.*ResNet"):
         pl.load(pl.zoo.resnet20(), path)
-    save_file({"0.weight": torch.ones(3)}, wrong, metadata={"prunelab": json.dumps({"format": 1, "plans": []})})
-    with pytest.raises(pl.DataError, match="does not fit"):
+    forge(wrong, path, header_of(path) | {"format": 99})
+    with pytest.raises(pl.DataError, match="format 99.*update prunelab"):
         pl.load(model, wrong)
+    forge(wrong, path, header_of(path) | {"format": 1})
+    with pytest.raises(pl.DataError, match="format 1.*save the model again"):
+        pl.load(model, wrong)
+    with pytest.raises(pl.DataError, match=r"pruned already: load .* into a fresh"):
+        pl.load(pl.load(model, path), path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -161,9 +154,7 @@ def test_a_factorised_file_that_does_not_fit_is_refused_and_the_model_stays(smal
     wider = nn.Sequential(nn.Conv2d(3, 10, 3), *list(model)[1:])
     with pytest.raises(pl.DataError, match=r"does not fit.*`0.weight`: it has the shape \[1, 10, 3, 3, 3\]"):
         pl.load(wider, path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(json.loads(file.read(length))["__metadata__"]["prunelab"])
+    header = header_of(path)
     step = header["plans"][0]
     layer = next(layer for layer in step["layers"] if layer["weight"] == "0.weight")
     for changes in (
@@ -174,12 +165,11 @@ def test_a_factorised_file_that_does_not_fit_is_refused_and_the_model_stays(smal
         {"layers": [layer, layer]},
         {"layers": []},
     ):
-        metadata = {"prunelab": json.dumps(header | {"plans": [step | changes]})}
-        save_file(load_file(path), wrong, metadata=metadata)
+        forge(wrong, path, header | {"plans": [step | changes]})
         with pytest.raises(pl.DataError, match="does not fit"):
             pl.load(model, wrong)
     for changes in ({"layers": [{"weight": "0.weight"}]}, {"train_rotations": "yes"}, {"action": "run"}):
-        save_file(load_file(path), wrong, metadata={"prunelab": json.dumps(header | {"plans": [step | changes]})})
+        forge(wrong, path, header | {"plans": [step | changes]})
         with pytest.raises(pl.DataError, match="damaged"):
             pl.load(model, wrong)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import prunelab as pl
 from prunelab.sparsity.masks import densities, density, mask_of
 from tests.cases import Embedded
+from tests.files import forge, header_of
 
 
 def magnitudes(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -327,7 +326,7 @@ def test_edited_files_of_sparse_models_are_errors(net, tmp_path):
     pl.save(pl.sparsify(net, magnitudes(net), 0.5), path)
 
     def rewrite(step: object) -> None:
-        save_file(load_file(path), wrong, metadata={"prunelab": json.dumps({"format": 1, "plans": [step]})})
+        forge(wrong, path, header_of(path) | {"plans": [step]})
 
     for step in ({"action": "sparsify", "names": 3}, {"action": "sparsify"}, ["sparsify"], {"action": "run"}):
         rewrite(step)

@@ -6,7 +6,8 @@ Flows in: a dependency graph and batches.  Flows out: ``Statistics``.  What can 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ from prunelab.batches import Batches, Loss
 from prunelab.curvature.accumulators import ACCUMULATORS
 from prunelab.curvature.factor_sums import FACTORS
 from prunelab.curvature.fisher import check_fisher
+from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.one_pass import model_of, one_pass, readable_again
 from prunelab.curvature.statistics import Statistics
+from prunelab.distributed import Sharded, agreed
 from prunelab.errors import BatchError, BudgetError
 from prunelab.tracing.trace import DependencyGraph
 
@@ -44,7 +47,8 @@ def collect(
 
     Args:
         graph: of the model, or the model itself.
-        batches: pairs ``(inputs, targets [B, …])``.
+        batches: pairs ``(inputs, targets [B, …])``; or ``distributed.Sharded``, a share of them in every process: each
+            measures its own, and all have the sums over all.
         what: any of ``"grad"``, ``"moments"``, ``"kronecker"``, ``"ekfac"``, ``"inputs"``; see ``Statistics``.
         fisher: of which gradients the moments and factors are: ``"empirical"`` (labels as given), ``"mc"`` (labels
             sampled from the softmax) or ``"ggn"`` (exactly the generalised Gauss-Newton matrix).
@@ -76,13 +80,22 @@ def collect(
     if factor not in FACTORS:
         raise BudgetError(f"factor={factor!r} is not one of {', '.join(FACTORS)}.")
     options: dict[str, Any] = {"fisher": fisher, "loss": loss, "seed": seed, "first": first}
-    known = {} if basis is None else basis.kronecker
+    share = batches.batches if isinstance(batches, Sharded) else batches
+    if isinstance(batches, Sharded) and fisher == "mc":
+        options["first"] += batches.first()
+
+    def measured(what: Collection[str], known: Mapping[str, Factors]) -> Statistics:
+        if not isinstance(batches, Sharded):
+            return one_pass(graph, batches, what, factor, known, **options)
+        found = agreed(lambda: one_pass(graph, share, what, factor, known, **options), batches.group)
+        return replace(found.all_reduce(batches.group), batches=batches)
+
     if "ekfac" in wanted and basis is None:
-        if not readable_again(batches):
+        if not readable_again(share):
             raise BatchError('"ekfac" reads the batches twice: pass a list or a loader, or the first pass as `basis`.')
-        found = one_pass(graph, batches, wanted - {"ekfac"} | {"kronecker"}, factor, {}, **options)
-        return found | one_pass(graph, batches, {"ekfac"}, factor, found.kronecker, **options)
-    return one_pass(graph, batches, wanted, factor, known, **options)
+        found = measured(wanted - {"ekfac"} | {"kronecker"}, {})
+        return found | measured({"ekfac"}, found.kronecker)
+    return measured(wanted, {} if basis is None else basis.kronecker)
 
 
 def statistics_for(

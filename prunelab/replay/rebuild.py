@@ -31,6 +31,7 @@ from prunelab.replay.sizes import batch_of, choices, resized, with_batch
 from prunelab.replay.step import Inexpressible
 from prunelab.replay.tape import record
 from prunelab.surgery.apply import PLANS, apply, masks, open_plan
+from prunelab.surgery.modules import layer_type
 from prunelab.tracing import fakes
 from prunelab.tracing.recorder import first_line, named_tensors
 
@@ -183,6 +184,7 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
         if id(module) not in made:
             out = made[id(module)] = nn.Module()
             out.training = module.training
+            vars(out)["stands_for"] = layer_type(module)
             for name, parameter in module._parameters.items():
                 out.register_parameter(name, None if parameter is None else made[id(parameter)])
             for name, buffer in module._buffers.items():

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from prunelab.errors import PlanError
 from prunelab.surgery.apply import PLANS
+from prunelab.surgery.modules import layer_type
 
 LAYERS = (
     nn.Linear,
@@ -221,7 +222,7 @@ def prunable(model: nn.Module, name: str) -> bool:
     """Return whether a parameter is the weight of one of the ``LAYERS``, under this name or one that it is tied to."""
     value = value_of(model, name)
     return value.dim() >= 2 and any(
-        isinstance(owner, LAYERS) and "bias" not in attribute
+        issubclass(layer_type(owner), LAYERS) and "bias" not in attribute
         for owner, attribute in places_of(model, parameters_of(model)[name])
     )
 
@@ -229,4 +230,4 @@ def prunable(model: nn.Module, name: str) -> bool:
 def input_dim(model: nn.Module, name: str) -> int:
     """Return the dimension of a weight that runs over its layer's inputs."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    return 0 if isinstance(owner, nn.modules.conv._ConvTransposeNd) else 1
+    return 0 if issubclass(layer_type(owner), nn.modules.conv._ConvTransposeNd) else 1

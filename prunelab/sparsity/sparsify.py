@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BudgetError, PlanError
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
 
@@ -62,6 +63,7 @@ def sparsify(
     >>> (sparse[0].weight != 0).tolist()
     [[False, False, False, False], [False, False, True, True]]
     """
+    refuse_wrapped(model)
     density = _checked_density(density, pattern)
     if scope not in ("global", "layer"):
         raise BudgetError(f"scope={scope!r} is not one of global, layer.")

@@ -183,6 +183,11 @@ STAND_INS: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., bool]]] = 
 }
 
 
+def layer_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer; in a model rebuilt from its operators, the class of the layer that it stands for."""
+    return vars(module).get("stands_for", type(module))
+
+
 def free(model: nn.Module, parameters: set[str]) -> nn.Module:
     """Swap, in place, the class of every layer that has a stand-in and one of the named parameters."""
     for name, module in model.named_modules():

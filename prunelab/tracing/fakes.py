@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
@@ -46,7 +47,9 @@ def fake_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
     Raises:
         TraceError: the model cannot be copied, or has parameters that are not initialised yet.
+        PruneLabError: it is in a wrapper (``DistributedDataParallel``, ``torch.compile``).
     """
+    refuse_wrapped(model)
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):

@@ -1,0 +1,9 @@
+"""Keep a pruned model: weights and plans in one safetensors file, no pickle anywhere.
+
+``keep`` saves and loads; ``header`` is what stands in the file beside the weights, ``steps`` how a model is made again
+from it, ``atomic`` how a file is written so that a crash leaves the old one.
+"""
+
+from prunelab.io.keep import load, save
+
+__all__ = ["load", "save"]
