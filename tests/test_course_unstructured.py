@@ -1,0 +1,127 @@
+"""Notebook ``14_unstructured``: its checkers know the mistakes, its figures show what they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from prunelab.exercises import unstructured as exercises
+from prunelab.plots import unstructured as figures
+
+
+def by_topk(weight, n, m, largest=True):
+    parts = weight.unflatten(1, (-1, m))
+    return torch.zeros_like(parts).scatter(-1, parts.topk(n, dim=-1, largest=largest).indices, 1.0).flatten(1).bool()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda weight, n, m: by_topk(weight, n, m), "signed values"),
+        (lambda weight, n, m: by_topk(weight.abs(), n, m, largest=False), "the smallest"),
+        (lambda weight, n, m: ~by_topk(weight.abs(), n, m), "inverted"),
+        (lambda weight, n, m: weight * by_topk(weight.abs(), n, m), "return the mask alone"),
+        (lambda weight, n, m: by_topk(weight.abs(), n * 8 // m, 8), "whole rows"),
+        (lambda weight, n, m: by_topk(weight.abs().T, n, m).T, "down the columns"),
+        (lambda weight, n, m: torch.ones_like(weight), "third dimension"),
+        (lambda weight, n, m: by_topk(weight.abs(), n, m)[:, :4], "shape [4, 8]"),
+        (lambda weight, n, m: [1, 0], "not list"),
+    ],
+)
+def test_mistakes_about_patterns_are_explained(attempt, words):
+    verdict = exercises.n_m_mask(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda r, c, d, v, i: r * c * d * v, "values alone"),
+        (lambda r, c, d, v, i: r * c * d * (v + i), "where every row begins"),
+        (lambda r, c, d, v, i: r * c * d * (v + i) + r * i, "rows + 1"),
+        (lambda r, c, d, v, i: r * c * d * (v + 2 * i), "COO"),
+        (lambda r, c, d, v, i: r * c * (d * v + i) + (r + 1) * i, "zeros are not stored"),
+        (lambda r, c, d, v, i: r * c * v, "three arrays"),
+    ],
+)
+def test_mistakes_about_bytes_are_explained(attempt, words):
+    verdict = exercises.csr_bytes(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda share, factor: 1 - share + share / factor, "the speed-up is one over it"),
+        (lambda share, factor: 1 - share + share * factor, "times that add up"),
+        (lambda share, factor: factor, "all other layers"),
+        (lambda share, factor: factor / share, "everything else"),
+        (lambda share, factor: 1 / (1 - share), "limit"),
+        (lambda share, factor: share, "one second"),
+    ],
+)
+def test_mistakes_about_speed_are_explained(attempt, words):
+    verdict = exercises.network_speedup(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def test_curves_have_a_line_per_criterion_and_one_for_the_dense_network():
+    table = pd.DataFrame(
+        [{"criterion": name, "density": share, "accuracy": share} for name in "ab" for share in (0.5, 0.1)]
+    )
+    axes = figures.score_curves(table, 0.9).axes[0]
+    assert [line.get_label() for line in axes.lines[:2]] == ["a", "b"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([10, 50])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10", "50"]
+    assert axes.lines[2].get_ydata() == pytest.approx([90, 90])
+
+
+def test_every_layer_is_a_row_and_every_way_a_mark():
+    shares = {"global": {"conv.weight": 0.9, "fc.weight": 0.2}, "layer": {"conv.weight": 0.5, "fc.weight": 0.5}}
+    axes = figures.layer_densities(shares).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv", "fc"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[90, 20], [50, 50]]
+
+
+def test_masks_are_drawn_with_the_share_that_stays():
+    mask = torch.tensor([[True, False], [True, True]])
+    axes = figures.mask_patterns({"single": mask, "other": ~mask}).axes
+    assert [one.get_title(loc="left") for one in axes] == ["single: 75% stay", "other: 25% stay"]
+    assert axes[0].collections[0].get_array().reshape(2, 2).tolist() == mask.tolist()
+
+
+def test_products_are_a_curve_beside_the_level_of_the_dense_one():
+    rows = [("dense", 1.0, 2.0), ("CSR", 0.5, 4.0), ("CSR", 0.1, 1.0)]
+    axes = figures.product_times(pd.DataFrame(rows, columns=["kind", "density", "milliseconds"])).axes[0]
+    assert list(axes.lines[0].get_ydata()) == [2, 2]
+    assert list(axes.lines[1].get_xdata()) == [50, 10]
+    assert axes.get_yscale() == "log"
+
+
+def test_latency_and_accuracy_stand_side_by_side_with_the_dense_network_in_both():
+    rows = [("baked", 0.5, 2.0, 0.8), ("baked", 0.9, 2.0, 0.3), ("CSR", 0.5, 9.0, None), ("CSR", 0.9, 5.0, None)]
+    table = pd.DataFrame(rows, columns=["network", "sparsity", "milliseconds", "accuracy"])
+    figure = figures.sparsity_and_latency(table, {"dense": 1.9, "unfolded": 3.0}, 0.9)
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["baked", "CSR", "dense", "unfolded"]
+    assert list(left.lines[1].get_ydata()) == [9, 5]
+    assert len(right.lines) == 2, "what has no accuracy has no line"
+    assert list(right.lines[1].get_ydata()) == [90, 90]
+
+
+def test_a_threshold_splits_the_histogram_greys_the_filters_and_circles_its_accuracy():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    curve = pd.DataFrame({"threshold": [0.0, 0.5], "accuracy": [0.9, 0.4]})
+    histogram, filters, accuracy = figures.threshold_view(weight.flatten(), weight, 0.5, curve).axes
+    counts = sum(patch.get_height() for patch in histogram.containers[0])
+    assert counts == (weight.abs() <= 0.5).sum()
+    shade = np.asarray(filters.images[1].get_array())
+    assert shade.shape == (4 * 4 - 1, 3 * 4 - 1, 4)
+    assert (shade[..., 3] == 1).sum() == (weight.abs() <= 0.5).sum()
+    assert list(accuracy.lines[1].get_xydata()[0]) == [0.5, 40]
