@@ -277,6 +277,8 @@ def test_a_drawing_has_a_box_per_layer_in_the_colour_of_its_group():
     boxes = {text.get_text(): box.get_facecolor() for text, box in _boxes(figure)}
     assert boxes["conv1"] == boxes["layer1.2.conv2"] != boxes["layer1.0.conv1"]
     assert boxes["fc"] == boxes["input"]
+    numbers = [text.get_text() for text in figure.axes[0].texts if text.get_gid() == "number"]
+    assert numbers[:4] == ["1", "2", "1", "1"], "conv1, layer1.0.conv1, layer1.0.conv2 and their sum"
     with pytest.raises(pl.PlanError, match="conv99"):
         graph.draw(["conv99"])
 
@@ -299,4 +301,4 @@ def test_a_drawing_of_joined_channels_has_their_colours_side_by_side():
 def _boxes(figure):
     axes = figure.axes[0]
     rectangles = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    return zip(axes.texts, rectangles, strict=True)
+    return zip([text for text in axes.texts if text.get_gid() != "number"], rectangles, strict=True)

@@ -1,4 +1,4 @@
-"""The network, drawn with one colour per group: what goes together is what has one colour.
+"""The network, drawn with one colour and number per group: what goes together looks alike.
 
 Flows in: a dependency graph.  Flows out: a figure; boxes are layers and joins, lines are what flows between them.
 Notebook 01_tracing shows it.
@@ -7,10 +7,13 @@ Notebook 01_tracing shows it.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
@@ -51,7 +54,9 @@ def draw(graph: DependencyGraph, groups: Iterable[Group | str] | None = None) ->
     """Draw the network from its input, at the top, to its output; a colour is a group, grey is frozen.
 
     A box shows what a layer, or a join of several lines, gives on: one colour, or several side by side where channels
-    of several groups lie next to each other.  Norms and activations, which only pass channels on, are left out.
+    of several groups lie next to each other.  The number in it is the place of the group among ``graph.groups``,
+    counted from 1, for eyes and printers that cannot tell so many colours apart.  Norms and activations, which only
+    pass channels on, are left out.
 
     Args:
         graph: from ``trace``.
@@ -63,28 +68,44 @@ def draw(graph: DependencyGraph, groups: Iterable[Group | str] | None = None) ->
     Raises:
         PlanError: ``groups`` names one that there is not, or the network has more layers than a figure can hold.
     """
-    nodes = network(graph)
+    groups = None if groups is None else list(groups)
+    nodes = network(graph, groups)
     if len(nodes) > MOST:
         raise PlanError(f"{type(graph.model).__name__} has {len(nodes)} layers and joins; a figure holds {MOST}.")
-    colours = _colours(graph, groups)
     place(nodes)
     rows, lanes = max(node.row for node in nodes) + 1, max(node.lane for node in nodes) + 1
     figure = picture(min(2.6 + 2.2 * lanes, 14), 0.6 + 0.27 * rows)
-    axes = figure.add_subplot(111)
+    draw_into(figure.add_subplot(111), graph, nodes, groups)
+    return figure
+
+
+def draw_into(
+    axes: Axes, graph: DependencyGraph, nodes: list[Node], groups: Iterable[Group | str] | None = None
+) -> None:
+    """Draw a network whose boxes have their places into axes that are there already; see ``draw``."""
+    colours = _colours(graph, groups)
+    numbers = {group.name: str(place) for place, group in enumerate(graph.groups, 1)}
     axes.set_axis_off()
-    axes.set_xlim(-0.8, lanes * LANE)
-    axes.set_ylim(-rows * STEP + 0.2, 0.8)
+    axes.set_xlim(-0.8, (max(node.lane for node in nodes) + 1) * LANE)
+    axes.set_ylim(-(max(node.row for node in nodes) + 1) * STEP + 0.2, 0.8)
     for node in nodes:
         for source in node.sources:
             _line(axes, source, node, colours)
     for node in nodes:
-        _box(axes, node, colours)
-    axes.set_title(f"{type(graph.model).__name__}\none colour per group, grey is frozen", fontsize=10, loc="left")
-    return figure
+        _box(axes, node, colours, numbers)
+    title = f"{type(graph.model).__name__}\none colour and number per group, grey is frozen"
+    axes.set_title(title, fontsize=11, loc="left")
 
 
-def network(graph: DependencyGraph) -> list[Node]:
-    """Return the boxes of the network in the order in which the model runs them."""
+def network(graph: DependencyGraph, groups: Iterable[Group | str] | None = None) -> list[Node]:
+    """Return the boxes of the network in the order in which the model runs them.
+
+    Args:
+        graph: from ``trace``.
+        groups: groups, or their names, that a box shows where several are multiplied, as heads × head width; the
+            outermost by default.
+    """
+    shown = {item if isinstance(item, str) else item.name for item in groups or ()}
     start = Node("input", [(1.0, None)])
     nodes = [start]
     given: dict[int, Node | None] = {}
@@ -100,7 +121,7 @@ def network(graph: DependencyGraph) -> list[Node]:
         if not computed:
             made = None  # made of parameters alone: part of the layer that uses it
         elif (op.name in LAYERS and weights) or len(sources) > 1:
-            made = Node(_label(op, weights, graph), parts_of(graph, op.outputs[0]), sources)
+            made = Node(_label(op, weights, graph), parts_of(graph, op.outputs[0], shown), sources)
             nodes.append(made)
         for tensor in op.outputs:
             given.setdefault(id(tensor), made)
@@ -110,12 +131,13 @@ def network(graph: DependencyGraph) -> list[Node]:
     return [*nodes, Node("output", [(1.0, None)], [last])]
 
 
-def parts_of(graph: DependencyGraph, tensor: Tensor) -> list[tuple[float, Group | None]]:
+def parts_of(graph: DependencyGraph, tensor: Tensor, shown: Collection[str] = ()) -> list[tuple[float, Group | None]]:
     """Return the groups that lie side by side in a tensor's first dimension that has any, each with its share."""
     by_leaf = {id(group.axis): group for group in graph.groups}
     for axis in graph.axes_of(tensor):
         if any(id(part) in by_leaf for part in leaves(axis)):
-            segments = fold(axis, lambda part: [(part.size, by_leaf.get(id(part)))], _product, _joined)
+            one = partial(_product, shown=shown)
+            segments = fold(axis, lambda part: [(part.size, by_leaf.get(id(part)))], one, _joined)
             total = sum(size for size, _ in segments)
             return [(size / total, group) for size, group in segments]
     return [(1.0, None)]
@@ -124,12 +146,14 @@ def parts_of(graph: DependencyGraph, tensor: Tensor) -> list[tuple[float, Group 
 Segments = list[tuple[int, "Group | None"]]
 
 
-def _product(factors: list[Segments]) -> Segments:
-    """One colour for a product: its first factor that has a group, as heads are of heads × width."""
+def _product(factors: list[Segments], shown: Collection[str]) -> Segments:
+    """One colour for a product: the factor that is asked for, else the first that has a group, as heads."""
     size = 1
     for factor in factors:
         size *= sum(width for width, _ in factor)
-    chosen = next((factor for factor in factors if any(group for _, group in factor)), factors[0])
+    free = [factor for factor in factors if any(group for _, group in factor)]
+    asked = [factor for factor in free if any(group and group.name in shown for _, group in factor)]
+    chosen = (asked or free or factors)[0]
     inside = sum(width for width, _ in chosen)
     return [(width * size // inside, group) for width, group in chosen]
 
@@ -179,23 +203,33 @@ def _centre(node: Node) -> tuple[float, float]:
     return node.lane * LANE, -node.row * STEP
 
 
-def _box(axes: object, node: Node, colours: Mapping[str, str]) -> None:
+def _box(axes: Axes, node: Node, colours: Mapping[str, str], numbers: Mapping[str, str]) -> None:
     x, y = _centre(node)
     left = x - WIDTH / 2
     for share, group in node.parts:
-        axes.add_patch(  # type: ignore[attr-defined]
-            Rectangle((left, y - HEIGHT / 2), share * WIDTH, HEIGHT, color=_colour(group, colours), lw=0, zorder=3)
-        )
+        colour = _colour(group, colours)
+        axes.add_patch(Rectangle((left, y - HEIGHT / 2), share * WIDTH, HEIGHT, color=colour, lw=0, zorder=3))
+        if group is not None and share > 0.25:
+            middle = left + share * WIDTH / 2
+            ink = "white" if _luminance(colour) < 0.45 else INK
+            number = numbers[group.name]
+            axes.text(middle, y, number, fontsize=9, color=ink, ha="center", va="center", zorder=4, gid="number")
         left += share * WIDTH
-    axes.text(x + WIDTH / 2 + 0.06, y, node.label, fontsize=7, va="center", color=INK, zorder=4)  # type: ignore[attr-defined]
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # lines that pass do not cross words
+    axes.text(x + WIDTH / 2 + 0.06, y, node.label, fontsize=10, va="center", color=INK, zorder=4, bbox=behind)
 
 
-def _line(axes: object, source: Node, node: Node, colours: Mapping[str, str]) -> None:
+def _luminance(colour: str) -> float:
+    red, green, blue = to_rgb(colour)
+    return 0.3 * red + 0.59 * green + 0.11 * blue
+
+
+def _line(axes: Axes, source: Node, node: Node, colours: Mapping[str, str]) -> None:
     (x0, y0), (x1, y1) = _centre(source), _centre(node)
     largest = max(source.parts, key=lambda part: part[0])[1]
     skips = node.row - source.row > 1 or source.lane != node.lane
     bend = -0.45 / max(1.0, (node.row - source.row) ** 0.7) if skips and source.lane == node.lane else 0.0
-    axes.add_patch(  # type: ignore[attr-defined]
+    axes.add_patch(
         FancyArrowPatch(
             (x0 - (WIDTH / 2 if bend else 0), y0 - (0 if bend else HEIGHT / 2)),
             (x1 - (WIDTH / 2 if bend else 0), y1 + (0 if bend else HEIGHT / 2)),
