@@ -60,6 +60,23 @@ FACTORIZED: dict[str, dict[str, Any]] = {
 }
 """For cuts only: the criterion's own surgery, bottlenecks in the eigenbasis instead of channels."""
 
+SHOWN = {
+    "random": "random",
+    "magnitude, L1, raw": "magnitude, Σ abs(w)",
+    "taylor, raw": "Taylor, Σ abs(w g)",
+    "obd": "OBD, empirical Fisher",
+    "obs": "OBS, Kronecker factors",
+    "kron_obd": "Kron-OBD",
+    "kron_obs": "Kron-OBS",
+    "eigendamage, factorized, GGN": "EigenDamage, factorised",
+    "oba": "θ ⊙ Hθ",
+    "gate": "gate",
+    "gate + linear": "gate, with its slope",
+    "gate, T=4": "gate, softened labels",
+    "gate greedy, T=4": "gate, greedy, softened labels",
+}
+"""Label -> name of the lines that the README shows."""
+
 STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "gate", *(label for label in GREEDY if "T=4" in label))
 """What is also scored anew before each of several steps, which takes a while."""
 
@@ -269,6 +286,30 @@ def accuracies(network: str, steps: int, rows: list[dict[str, Any]]) -> Iterator
     yield from table(head, body)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return the tables of the README: a line for each criterion, at its most common setting."""
+    lines = []
+    for network in ("resnet20", "vit_small"):
+        own = [row for row in rows if row["network"] == network and row["images"] == 256]
+        shares = [0.7, 0.5, 0.3, 0.15]
+        head = [f"`{network}`", "rank correlation", *(f"{share:.0%} of the FLOPs" for share in shares)]
+        body = []
+        for label, shown in SHOWN.items():
+            found = [row for row in own if row["criterion"] == label]
+            ranks = [row["spearman"] for row in found if row["table"] == "correlation"]
+            cells = []
+            for share in shares:
+                here = [
+                    row for row in found if row.get("flops") == share and row["steps"] == 1 and row["per"] == "flops"
+                ]
+                ways = [[row for row in here if row.get("compensate") == which] for which in (None, "consumers")]
+                means = [f"{mean(100 * row['accuracy'] for row in way):.1f}" for way in ways if way]
+                cells.append(" → ".join(means) or "–")
+            body.append([shown, f"{mean(ranks):.2f}" if ranks else "–", *cells])
+        lines += [*table(head, body), ""]
+    return "\n".join(lines)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return all tables."""
     lines = []
@@ -315,7 +356,11 @@ def main() -> None:
     parser.add_argument("--finetune", type=int, default=0, help="epochs on the embedded images after cuts at once")
     parser.add_argument("--lr", type=float, default=0.01, help="of fine-tuning")
     parser.add_argument("--out", type=Path, default=Path("bench/criteria"), help="without a suffix")
+    parser.add_argument("--summary", action="store_true", help="print the README's tables from what is there, and stop")
     args = parser.parse_args()
+    if args.summary:
+        print(summary(json.loads(args.out.with_suffix(".json").read_text())["rows"]))
+        return
     warnings.filterwarnings("ignore", message=".*single units are too large")
     run = Run(args)
     for network in args.networks:
