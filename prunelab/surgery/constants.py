@@ -71,7 +71,7 @@ def _default_scales(graph: DependencyGraph, kept_size: Callable[[Axis], int]) ->
             width = graph.axes_of(op.args[0])[-1]
             if kept_size(width) != width.size:
                 factor = math.sqrt(kept_size(width) / width.size)
-                found.append((op.args[0], factor, f"`{op.module}` attends with a scale that follows the head width"))
+                found.append((op.args[0], factor, f"{op.place} attends with a scale that follows the head width"))
     return found
 
 
@@ -86,7 +86,7 @@ def _changed_constants(pairs: list[tuple[Op, Op]]) -> list[tuple[Tensor, float, 
         old, new = _constants(before), _constants(after)
         if old == new:
             continue
-        what = f"`{before.name}` in `{before.module}` computes with {old}, which the cut makes {new}"
+        what = f"`{before.name}` in {before.place} computes with {old}, which the cut makes {new}"
         if before.name not in ("mul", "div") or len(old) != 1 or not old[0] * new[0]:
             raise PlanError(f"{what}, so nothing was cut: write it into the model's code, or ignore that width.")
         ratio = old[0] / new[0]

@@ -38,7 +38,7 @@ def compare(graph: DependencyGraph, cut: DependencyGraph, kept_size: Callable[[A
         if skipped is None:
             gives = "`{}` gives {}".format(*found[place]) if place < len(found) else "the model ends"
             raise PlanError(
-                f"Cutting {type(graph.model).__name__} would go wrong in `{op.module}`, so nothing was cut: "
+                f"Cutting {type(graph.model).__name__} would go wrong in {op.place}, so nothing was cut: "
                 f"`{op.name}` should give {wanted[number][1]}, but {gives}. "
                 "Its code holds a size that could not be changed: ignore that module."
             )

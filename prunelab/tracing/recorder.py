@@ -117,6 +117,11 @@ class Op:
     training: bool = False
 
     @property
+    def place(self) -> str:
+        """Where it was called, for a message."""
+        return f"`{self.module}`" if self.module else "the model's own forward"
+
+    @property
     def name(self) -> str:
         return signature(self.func)[0]
 
