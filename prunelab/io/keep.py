@@ -72,6 +72,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     made = f"it was saved from a {about.name[:100]}, this is a {type(model).__name__}"
     out = copy.deepcopy(model)
     try:
+        _raise(_other_types(_state(model), tensors))  # now, since steps would fail for reasons that are harder to read
         for step in known:
             out = steps.redo(out, step)
         out.load_state_dict(_fitting(out, tensors, about.ties))
@@ -137,14 +138,26 @@ def _fitting(model: nn.Module, tensors: Mapping[str, Tensor], ties: Mapping[str,
         found, value = given[name], state[name]
         if found.shape != value.shape:
             wrong.append(f"`{name}` has the shape {list(found.shape)} in the file and {list(value.shape)} in the model")
-        elif found.dtype != value.dtype:
-            names = (str(tensor.dtype).removeprefix("torch.") for tensor in (found, value))
-            wrong.append("`{}` is {} in the file and {} in the model".format(name, *names))
+    wrong += _other_types(state, given)
     if not wrong:
         for name, owner in _owners(state).items():
             if name != owner and not torch.equal(given[name], given[owner]):
                 wrong.append(f"`{name}` and `{owner}` are one tensor in the model and two in the file")
+    _raise(wrong)
+    return given
+
+
+def _other_types(state: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Return in words which tensors are of another type in the file than in the model."""
+    types = {name: (given[name].dtype, state[name].dtype) for name in sorted(given.keys() & state.keys())}
+    return [
+        f"`{name}` is {str(found)[6:]} in the file and {str(wanted)[6:]} in the model"
+        for name, (found, wanted) in types.items()
+        if found != wanted
+    ]
+
+
+def _raise(wrong: list[str]) -> None:
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DataError("; ".join(wrong[:3]) + more + ".")
-    return given
