@@ -1,0 +1,118 @@
+"""What belongs to 09_oba: checkers explain mistakes, figures show what they are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.functional import hessian, jacobian
+
+from prunelab.exercises import oba as exercises
+from prunelab.plots import oba as figures
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda loss, theta: hessian(loss, theta) @ theta, "entry by entry"),
+        (lambda loss, theta: theta * (jacobian(loss, theta) + hessian(loss, theta) @ theta), "held fixed"),
+        (lambda loss, theta: theta * jacobian(loss, theta), "first-order"),
+        (lambda loss, theta: theta**2 * hessian(loss, theta).diagonal(), "interactions between weights"),
+        (lambda loss, theta: theta @ hessian(loss, theta) @ theta, "one number"),
+        (lambda loss, theta: theta, "create_graph=True"),
+    ],
+)
+def test_mistakes_about_the_product_are_explained(attempt, words):
+    verdict = exercises.theta_h_theta(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def delta_of(theta, unit):
+    delta = torch.zeros_like(theta)
+    delta[unit] = -theta[unit]
+    return delta
+
+
+def alone(H, g, theta, unit, *, first=1.0, second=0.5):
+    delta = delta_of(theta, unit)
+    return first * g @ delta + second * delta @ H @ delta
+
+
+def row(H, theta, unit):
+    return (theta * (H @ theta))[unit].sum()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda *given: alone(*given, second=1), "½"),
+        (lambda *given: alone(*given, first=-1), "with a minus"),
+        (lambda *given: alone(*given, first=0), "first-order term is missing"),
+        (lambda H, g, theta, unit: row(H, theta, unit), "weights that stay"),
+        (lambda H, g, theta, unit: g @ delta_of(theta, unit) + row(H, theta, unit) / 2, "outside the unit"),
+        (lambda H, g, theta, unit: alone(torch.diag(H.diagonal()), g, theta, unit), "go together"),
+        (lambda H, g, theta, unit: 0.0, "Make δ"),
+    ],
+)
+def test_mistakes_about_a_unit_alone_are_explained(attempt, words):
+    verdict = exercises.unit_alone(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def together(paths, first, second):
+    return any(first in path and second in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda p, a, b: not exercises._zero(p, a, b), "turned round"),
+        (lambda p, a, b: not together(p, a, b), "same layer is zero"),
+        (lambda p, a, b: a == b or not any(exercises._neighbours(path, a, b) for path in p), "need not be neighbours"),
+        (lambda p, a, b: a == b or not any(exercises._in_order(path, a, b) for path in p), "order of the two"),
+        (lambda p, a, b: a == b or not all(a in path and b in path for path in p), "one path through both"),
+        (lambda p, a, b: True, "Look for a path"),
+        (lambda p, a, b: "yes", "True or False"),
+    ],
+)
+def test_mistakes_about_paths_are_explained(attempt, words):
+    verdict = exercises.functional_is_zero(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+LAYERS = ["conv1.weight", "layer1.0.conv1.weight", "fc.weight"]
+FUNCTIONAL = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 3.0], [2.0, 3.0, 0.0]])
+BENT = torch.eye(3) * 4
+MAPS = {"functional": FUNCTIONAL, "gauss_newton": BENT, "exact": FUNCTIONAL + BENT}
+
+
+def test_bars_are_the_parts_and_marks_their_sum():
+    axes = figures.layer_parts(LAYERS, {"functional": [1, 2, 3], "gauss_newton": [4, 5, 6]}).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1, 2, 3, 4, 5, 6]
+    assert list(axes.lines[0].get_xdata()) == [5, 7, 9]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "1.0.conv1", "fc"]
+
+
+def test_maps_of_all_parts_share_one_scale():
+    axes = figures.pair_maps(LAYERS, MAPS).axes[:3]
+    assert len({one.images[0].get_clim() for one in axes}) == 1
+    assert [one.images[0].get_array().tolist() for one in axes] == [matrix.tolist() for matrix in MAPS.values()]
+    assert axes[0].get_title(loc="left") == "functional part"
+
+
+def test_predictions_are_drawn_for_each_layer():
+    truth, owners = [0.1, 0.2, 0.3], ["a", "a", "b"]
+    figure = figures.predictions(truth, {"one": torch.tensor([1.0, 2.0, 3.0]), "two": torch.zeros(3)}, owners)
+    first, second = figure.axes[0].lines[:2]
+    assert (list(first.get_ydata()), list(second.get_ydata())) == ([1, 2], [3])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("keep", "bars"), [("exact", [0, 12, 12, 0]), ("functional", [0, 12, 0, 0])])
+def test_the_widget_drops_a_term_and_names_the_pair(keep, bars):
+    figure, words = figures.pair_view(LAYERS, MAPS, "conv1.weight", "fc.weight", keep, "series")
+    assert [bar.get_width() for bar in figure.axes[1].patches] == bars
+    assert "conv1 and fc" in words and "(series)" in words and "functional +2" in words
+    assert f"add up to {sum(bars):.3g}, of 24 exactly" in words
