@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import prunelab as pl
-from prunelab.sparsity.masks import densities, density, mask_of
+from prunelab.sparsity.masks import densities, density, mask_of, value_of
 from tests.cases import Embedded
 from tests.files import forge, header_of
 
@@ -214,6 +214,55 @@ def test_a_sparse_model_can_be_made_sparser_but_not_denser(net):
     other = pl.sparsify(half, {name: -score for name, score in magnitudes(net).items()}, 0.25)
     for name in densities(net):
         assert not (mask_of(other, name).mask & ~mask_of(half, name).mask).any()
+
+
+ELEMENTWISE = {"magnitude": {"p": 1}, "taylor": {}, "obd": {}, "obs": {"damping": 0.1}, "oba": {}}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("how", [{"density": 0.3}, {"density": 0.3, "scope": "layer"}, {"pattern": (1, 2)}])
+def test_every_elementwise_score_makes_dense_and_sparse_models_sparse(name, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+    batches = [(torch.randn(80, 4, 4, 4), torch.arange(80) % 4)]
+    criterion = pl.criteria.get(name, **ELEMENTWISE[name])
+    first = pl.sparsify(model, criterion.elementwise(model, batches), 0.8, scope="layer")
+    for start in (model, first):
+        scores = criterion.elementwise(start, batches)
+        sparse = pl.sparsify(start, scores, **how)
+        share = how.get("density", 0.5)
+        assert density(sparse) <= share + 0.01 and torch.isfinite(sparse(batches[0][0])).all()
+        for parameter in ("0.weight", "4.weight"):
+            assert not (mask_of(sparse, parameter).mask & (value_of(start, parameter) == 0)).any()
+
+
+def test_which_criteria_have_elementwise_scores():
+    having = {name for name in pl.criteria.names() if hasattr(pl.criteria.get(name), "elementwise")}
+    assert having == ELEMENTWISE.keys() | {"bn_scale"}  # that one is about norms, which have to be named
+
+
+@pytest.mark.filterwarnings("ignore:.*the layers end at")
+def test_baking_comes_before_whatever_would_lose_the_zeros(net):
+    inputs = torch.randn(40, 3, 8, 8)
+    sparse = pl.sparsify(net, magnitudes(net), 0.5, names=["7.weight"])
+    scores = pl.criteria.EigenDamage()(pl.trace(net, inputs), [(inputs, torch.arange(40) % 5)])
+    with pytest.raises(pl.PlanError, match=r"`7.weight` has a mask.*bake first, with pl.bake"):
+        pl.factorize(sparse, scores, params=0.8)
+    with pytest.raises(pl.TraceError, match="`7` has a mask on its weights.*pl.bake"):
+        pl.trace(sparse, inputs)
+    assert (pl.bake(sparse)[7].weight == 0).sum() == 15
+    pl.factorize(pl.bake(sparse), scores, params=0.8)
+
+
+def test_a_model_rebuilt_from_its_operators_is_made_sparse_like_the_original(net):
+    inputs = torch.randn(2, 3, 8, 8)
+    plan = pl.plan(pl.criteria.Random()(pl.trace(net, inputs)), ratio=0.3)
+    whole, graph = (pl.apply(net.eval(), plan, backend=backend) for backend in ("module", "graph"))
+    for options in ({"density": 0.4}, {"pattern": (1, 2)}):
+        wanted, found = (pl.sparsify(model, magnitudes(model), **options) for model in (whole, graph))
+        assert densities(found) == densities(wanted)
+        torch.testing.assert_close(found(inputs), wanted(inputs))
+        torch.testing.assert_close(pl.bake(found)(inputs), wanted(inputs))
 
 
 # ── copies, baking, files ─────────────────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,7 @@ from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, sa
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError, BudgetError
+from prunelab.sparsity.masks import bake, mask_of, parameters_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -100,8 +101,10 @@ class OBS(KroneckerCriterion):
         Each is the cost of removing that weight alone, if the others then adapt.  Ranked over a whole network and
         removed at once without any update, they empty layers whose factors have low rank: the others can make up for
         every single weight there, but not for all.  Rank within layers (``sparsify(…, scope="layer")``), or let the
-        others adapt (``prune_weights``).
+        others adapt (``prune_weights``).  A model with masks is scored as it would be without them (``bake``).
         """
+        if any(mask_of(model, name) is not None for name in parameters_of(model)):
+            model = bake(model)
         if self.curvature == "dense":
             options: dict[str, Any] = {"loss": self.loss, "seed": self.seed}
             values = saliency(*bowl(model, batches, fisher=self.fisher, damping=self.damping, **options))
