@@ -3,15 +3,15 @@
     python -m bench.curvature [--networks resnet20 …] [--images 256] [--batch 128] [--out bench/curvature.md]
 
 All in one process, in turns, on trained networks and real images; a time is the median of the repeats over the median
-of the floor, the forward and backward pass of the same batches.  Memory is how much the resident set of a process of
-its own grows, over that of the floor.
+of the floor, the forward and backward pass of the same batches; seconds are those of the processor, on one thread.
+Memory is by how much the largest resident set of a process of its own grows, over that of the floor (on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def loop(model: nn.Module, batches: Batches) -> None:
 WHAT: dict[str, Callable[[nn.Module, Batches], object]] = {
     "forward and backward": floor,
     "moments": lambda model, batches: pl.collect(model, batches, {"moments"}),
-    "moments, sample by sample": loop,
+    "moments, one sample at a time": loop,
     "K-FAC factors": lambda model, batches: pl.collect(model, batches, {"kronecker"}),
     "moments and factors": lambda model, batches: pl.collect(model, batches, {"moments", "kronecker"}),
     "θ⊙Hθ": product,
@@ -81,9 +81,15 @@ def grow(network: str, what: str, images: int, batch: int) -> None:
     """Print the growth of this process in megabytes."""
     model, batches = problem(network, images, batch)
     WHAT[what](model, [(batches[0][0][:2], batches[0][1][:2])])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: loading the images had raised it
+    before = high_water()
     WHAT[what](model, batches)
-    print(max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 1024) / 1024)
+    print(max(high_water() - before, 1024) / 1024)
+
+
+def high_water() -> int:
+    """Return the largest resident set of this process so far, in kilobytes."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(network: str, images: int, batch: int, repeats: int) -> dict[str, object]:
@@ -94,13 +100,13 @@ def measure(network: str, images: int, batch: int, repeats: int) -> dict[str, ob
         for what, function in WHAT.items():
             if function is loop and number > 1:
                 continue
-            start = time.perf_counter()
+            start = time.process_time()
             function(model, batches)
             if number:  # the first round warms up
-                times[what].append(time.perf_counter() - start)
+                times[what].append(time.process_time() - start)
     medians = {what: statistics.median(values) for what, values in times.items()}
     whole = medians["forward and backward"]
-    grown = {what: memory(network, what, images, batch) for what in WHAT if what != "moments, sample by sample"}
+    grown = {what: memory(network, what, images, batch) for what in WHAT if what != "moments, one sample at a time"}
     row: dict[str, object] = {"network": network, "floor": f"{whole:.2f} s, {grown['forward and backward']:.0f} MB"}
     for what in WHAT:
         if what == "forward and backward":
@@ -123,6 +129,7 @@ def main() -> None:
     if args.grow:
         grow(*args.grow, args.images, args.batch)
         return
+    torch.set_num_threads(1)
     networks = tqdm(args.networks, unit="network")
     rows = [measure(network, args.images, args.batch, args.repeats) for network in networks]
     head = list(rows[0])
