@@ -67,7 +67,7 @@ class Sharded:
             mine = iter(self.batches) if number == me else None
             while True:
                 message = _next(mine) if mine is not None else None
-                kind, content = sent(message, number, self.group)
+                kind, content = sent(message or ("", None), number, self.group)
                 if kind == "error":
                     raise BatchError(f"Rank {number} could not read its batches: {content}")
                 if kind == "end":
@@ -146,7 +146,7 @@ def same_everywhere(model: nn.Module, group: Any = None) -> nn.Module:
     """
     if not running() or dist.get_world_size(group) == 1:
         return model
-    tensors = dict(model.state_dict())
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     about = {name: (tuple(value.shape), str(value.dtype)) for name, value in tensors.items()}
     if any(other != about for other in gathered(about, group)):
         raise PlanError(f"The processes hold {type(model).__name__}s of different shapes: their plans differed.")

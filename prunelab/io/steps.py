@@ -86,12 +86,15 @@ def check_inputs(inputs: Any) -> None:
                 kind = type(leaf["value"]).__name__
                 raise DataError(f"a plan was made with a {kind} among the example inputs, which is no plain data")
             continue
-        shape, dtype = leaf.get("shape"), leaf.get("dtype")
-        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-        if leaf.keys() != {"shape", "dtype"} or not sizes or len(shape) > MOST_DIMS or prod(shape) > LARGEST:
+        if leaf.keys() != {"shape", "dtype"} or not _is_shape(leaf["shape"]):
             raise DataError("a plan has example inputs of no shape that a tensor has")
-        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if not isinstance(leaf["dtype"], str) or not isinstance(getattr(torch, leaf["dtype"], None), torch.dtype):
             raise DataError("a plan has example inputs of a type that tensors do not have")
+
+
+def _is_shape(shape: Any) -> bool:
+    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return sizes and len(shape) <= MOST_DIMS and prod(shape) <= LARGEST
 
 
 def _leaves(inputs: Any, depth: int) -> Iterator[dict[str, Any]]:

@@ -32,8 +32,9 @@ def sparsify(
 
     Every pruned weight gets a parametrization: the parameter moves to ``<module>.parametrizations.<name>.original``, in
     the ``state_dict`` too, with its mask beside it.  With ``inplace=True`` optimizers go on with the same parameters.
-    Weights that are tied share one mask.  On a model that is sparse already, what is zero stays zero and ``density``
-    counts from the whole.
+    Weights that are tied share one mask.  The weights that are left stay as they are; on networks of some thousand
+    weights ``criteria.obs.prune_weights`` removes one after the other and adapts all that are left.  On a model that is
+    sparse already, what is zero stays zero and ``density`` counts from the whole.
 
     Args:
         model: any module.
