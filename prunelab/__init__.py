@@ -17,7 +17,9 @@ from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
 from prunelab.planning.choose import plan
 from prunelab.planning.plan import Plan
-from prunelab.pruning import Report, prune
+from prunelab.planning.timing import Timing
+from prunelab.pruning.prune import prune
+from prunelab.pruning.report import Report
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
@@ -43,6 +45,7 @@ __all__ = [
     "Report",
     "Scores",
     "Statistics",
+    "Timing",
     "TraceError",
     "apply",
     "bake",

@@ -128,20 +128,29 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
 class CostModel:
     """What a traced model costs when only some units are kept, without cutting it.
 
-    The FLOPs of every operator are a product of axis sizes, so they follow from the number of kept units alone.
+    The FLOPs of every operator, and the entries of every tensor, are products of axis sizes, so they follow from the
+    number of kept units alone.
     """
 
     def __init__(self, graph: DependencyGraph) -> None:
         self._leaf_of = {group.name: id(group.axis) for group in graph.groups}
-        self._flops = graph.flop_terms
-        names = {name for name, _ in graph.model.named_parameters()}
-        self._params = [(1, tuple(dim.axis for dim in dims)) for name, dims in graph.dims.items() if name in names]
+        axes = {name: tuple(dim.axis for dim in dims) for name, dims in graph.dims.items()}
+        parameters = dict(graph.model.named_parameters())
+        tensors = parameters | dict(graph.model.named_buffers())
+        self._terms = {
+            "flops": graph.flop_terms,
+            "params": [(1, axes[name]) for name in axes if name in parameters],
+            "bytes": [(tensors[name].element_size(), axes[name]) for name in axes if name in tensors],
+        }
 
     def __call__(self, kept: Mapping[str, int]) -> dict[str, int]:
-        """Return ``flops`` and ``params`` for a number of kept units by group name; groups not named are whole."""
+        """Return ``flops``, ``params`` and ``bytes`` for a number of kept units by group name.
+
+        Groups that are not named are whole.
+        """
         sizes = {self._leaf_of[name]: number for name, number in kept.items()}
 
         def total(terms: list) -> int:
             return sum(constant * math.prod(size_with(axis, sizes) for axis in axes) for constant, axes in terms)
 
-        return {"flops": total(self._flops), "params": total(self._params)}
+        return {kind: total(terms) for kind, terms in self._terms.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,10 @@ from prunelab.errors import BudgetError, PlanError
 from prunelab.factorization.factorized import Factorized, Narrowed, build
 from prunelab.factorization.ranks import Layer, choose
 from prunelab.factorization.sites import Positions, Site, find, uses
+from prunelab.sparsity.masks import mask_of, parameters_of
 from prunelab.surgery.modules import free
 from prunelab.tracing import fakes
+from prunelab.tracing.named import covered
 
 TOLERANCE = 0.01
 """How far below its budget a model may end before a warning, as a share of the budget."""
@@ -64,7 +66,8 @@ def factorize(
 
     Raises:
         BudgetError: an option is out of its range, no or two budgets are given, or the budget cannot be met.
-        PlanError: the scores are not EigenDamage's or do not fit the model; or ``ignore`` names something unknown.
+        PlanError: the scores are not EigenDamage's or do not fit the model; the model has masks; or ``ignore`` names
+            something unknown.
 
     Source: Wang et al. 2019, *EigenDamage*, section 4; choosing ranks by what they cost is ours.
 
@@ -78,6 +81,7 @@ def factorize(
     >>> type(small[2]).__name__, count(small, images).flops <= 0.5 * count(model, images).flops
     ('Bottleneck', True)
     """
+    _refuse_masks(model)
     kind, share = _budget(flops, params)
     if per not in ("auto", "flops", "params", "unit"):
         raise BudgetError(f"per={per!r} is not one of auto, flops, params, unit.")
@@ -109,6 +113,19 @@ def factorize(
     return target
 
 
+def _refuse_masks(model: nn.Module) -> None:
+    """Refuse a sparse model: in a rotated basis its zeros are none any more.
+
+    Raises:
+        PlanError: a weight has a mask.
+    """
+    sparse = next((name for name in parameters_of(model) if mask_of(model, name) is not None), None)
+    if sparse is not None:
+        raise PlanError(
+            f"`{sparse}` has a mask, and a bottleneck would not keep its zeros: bake first, with pl.bake(model)."
+        )
+
+
 def _candidates(
     model: nn.Module, scores: EigenScores, inputs: Any, ignore: Iterable[str | nn.Module]
 ) -> tuple[dict[str, Site], dict[str, Positions], dict[str, str]]:
@@ -116,7 +133,7 @@ def _candidates(
     mode = fakes.fake_mode()
     rehearsal = free(fakes.fake_model(model, mode), {score.weight for score in scores.layers.values()})
     sites, dense = find(rehearsal)
-    skipped = _ignored(model, sites, ignore)
+    skipped = covered(model, ignore)
     used, foreign = uses(rehearsal, sites, mode, inputs)
     dense = dense | foreign
     for name, site in list(sites.items()):
@@ -152,19 +169,6 @@ def _layer(site: Site, scores: LayerScores, positions: Positions, whole: Cost, k
     importance = scores.importance.double().reshape(site.shape[:3])
     trade = prices(per) if per in ("flops", "params") else None
     return Layer(site.weight, importance, math.prod(site.shape[3:]), site.around, prices(kind), trade)
-
-
-def _ignored(model: nn.Module, sites: Mapping[str, Site], ignore: Iterable[str | nn.Module]) -> set[str]:
-    modules = {id(module): name for name, module in model.named_modules()}
-    known = {*modules.values(), *(name for name, _ in model.named_parameters())}
-    skipped: set[str] = set()
-    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
-        name = modules.get(id(item)) if isinstance(item, nn.Module) else item
-        if name not in known:
-            what = f"a {type(item).__name__} that is not part of the model" if name is None else f"`{name}`"
-            raise PlanError(f"ignore names {what}, which is no module or parameter of {type(model).__name__}.")
-        skipped.update(site for site in sites if f"{site}.".startswith(f"{name}." if name else ""))
-    return skipped
 
 
 def _budget(flops: float | None, params: float | None) -> tuple[str, float]:

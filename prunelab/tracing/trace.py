@@ -21,7 +21,8 @@ from prunelab.errors import TraceError
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
-from prunelab.tracing.recorder import Dim, Op, Recorder, first_line, named_tensors
+from prunelab.tracing.named import covered
+from prunelab.tracing.recorder import Dim, Op, Recorder, first_line
 from prunelab.tracing.rules import apply_rule
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     if sparse is not None:
         module = sparse.partition(".parametrizations.")[0]
         raise TraceError(f"`{module}` has a mask on its weights: write the zeros into them first, with pl.bake(model).")
-    ignored = _ignored(model, ignore)
+    reasons = {key: f"`{name}` is ignored, as asked" for key, name in covered(model, ignore, error=TraceError).items()}
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
@@ -193,21 +194,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
         if name not in recorder.visited:
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
-    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), ignored)
-
-
-def _ignored(model: nn.Module, ignore: Iterable[str | nn.Module]) -> dict[str, str]:
-    """Return why it stays for every parameter and buffer that is, or is part of, what ``ignore`` names."""
-    modules = {id(module): name for name, module in model.named_modules()}
-    reasons: dict[str, str] = {}
-    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
-        name = modules.get(id(item)) if isinstance(item, nn.Module) else item
-        inside = [key for key, _ in named_tensors(model) if name == "" or f"{key}.".startswith(f"{name}.")]
-        if name is None or (not inside and name not in modules.values()):
-            what = f"a {type(item).__name__}" if isinstance(item, nn.Module) else f"`{item}`"
-            raise TraceError(f"ignore holds {what}, which is no module or parameter of {type(model).__name__}.")
-        reasons |= dict.fromkeys(inside, f"`{name}` is ignored, as asked")
-    return reasons
+    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), reasons)
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:

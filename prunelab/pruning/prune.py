@@ -1,0 +1,278 @@
+"""All at once: trace, score, plan, cut and fine-tune, once or in steps, with a report of what came of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from prunelab import criteria
+from prunelab.batches import Batches
+from prunelab.compensation.compensate import Compensation
+from prunelab.cost import count
+from prunelab.criteria import Criterion
+from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
+from prunelab.errors import BudgetError
+from prunelab.planning import pools
+from prunelab.planning.choose import Options, choose, only_budget
+from prunelab.planning.fit import TOLERANCE
+from prunelab.planning.plan import Plan
+from prunelab.pruning.report import Report
+from prunelab.pruning.schedule import Schedule, shares
+from prunelab.pruning.seeds import seeded
+from prunelab.pruning.state import State, described, identity
+from prunelab.surgery.apply import apply
+from prunelab.tracing import fakes
+from prunelab.tracing.trace import DependencyGraph, trace
+
+BEFORE, CUT, TUNED = "before", "cut", "fine-tuned"
+"""The stages of a run, as they stand in its report."""
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: fakes.Inputs,
+    criterion: str | Criterion = "magnitude",
+    data: Batches | None = None,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    bytes: float | None = None,
+    latency: float | None = None,
+    ratio: float | None = None,
+    steps: int = 1,
+    schedule: str | Schedule = "geometric",
+    compensate: bool | Compensation = False,
+    finetune: Callable[[nn.Module], Any] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    state: str | Path | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[nn.Module, Report]:
+    """Prune ``model`` to a budget and return the smaller model with a report; ``model`` stays as it is.
+
+    Args:
+        model: any module that can be traced.
+        example_inputs: a tensor, a tuple or a dict; shapes and types matter.
+        criterion: a name, or a criterion with options.
+        data: batches for the criterion, ``(inputs, targets)``; it is read once per step, twice with ``compensate``.
+            With ``distributed.Sharded`` every process gives its share and calls this; plans, rows of the report and
+            weights are then the same in all of them.
+        flops: share of the FLOPs that is kept; or
+        params: share of the parameters that is kept; or
+        bytes: share of the memory of parameters and buffers that is kept; or
+        latency: share of the time of one forward pass that is kept (see ``plan``); or
+        ratio: share of the units that is removed.
+        steps: cut in so many steps, scoring anew before each.
+        schedule: what is left after each step: equal parts of what was there (``"geometric"``), equal amounts
+            (``"linear"``), much at first and little at the end (``"cubic"``), or ``(progress, final) -> share left``.
+        compensate: refit what is left after every cut, on ``data``; ``Compensation(…)`` for its options.
+        finetune: called with the model after every cut; trains it in place.
+        evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name.
+        state: folder in which the run is kept after every stage.  Called again after it was stopped, at any point, with
+            the same arguments, it goes on there; a finished run is returned from it.
+        seed: of Python's, NumPy's and PyTorch's random numbers, drawn anew for every scoring and every fine-tuning, so
+            that a run that was stopped ends like one that was not.  That is so as long as ``finetune`` and ``data``
+            draw from nothing else: a loader with a generator of its own is to be made in ``finetune``.  By default it
+            is drawn from PyTorch's generator.
+        progress: show a progress bar, if there are several steps.
+        options: of ``plan`` (scope, max_ratio, round_to, ignore, overrides, per, timing).  Shares of groups are of what
+            they had at first; ``overrides`` follow the schedule.
+
+    Returns:
+        The pruned model, in the mode of the original, and the report.
+
+    Raises:
+        BudgetError: a budget or option is out of range, or cannot be met.
+        TraceError: the model cannot be traced.
+        BatchError: the batches do not fit the model.
+        DataError: ``state`` holds another run or something else, or cannot be written.
+
+    Source: cubic schedule: Zhu & Gupta 2017, *To prune, or not to prune*, equation 1.
+    """
+    if type(steps) is not int or steps < 1:
+        raise BudgetError(f"steps={steps!r} is no positive whole number.")
+    kind, asked = only_budget(flops=flops, params=params, bytes=bytes, latency=latency, ratio=ratio)
+    if not asked < 1:
+        raise BudgetError(f"{kind}={asked!r} is outside (0, 1).")
+    chosen = criteria.get(criterion) if isinstance(criterion, str) else criterion
+    refit = Compensation() if compensate is True else compensate or None
+    goal = Goal(trace(model, example_inputs), kind, asked, schedule, steps, options)
+    kept = None
+    if state is not None:
+        run = {
+            "model": identity(model),
+            "inputs": fakes.describe_inputs(example_inputs),
+            "criterion": described(chosen),
+            "budget": {kind: asked},
+            "steps": [steps, described(schedule)],
+            "options": described(goal.plain),
+            "compensate": described(refit),
+            "finetune": finetune is not None,
+            "seed": seed,
+        }
+        kept = State(state, run, writes=rank() == 0)
+    if kept is not None and kept.run["seed"] is not None:
+        seed = int(kept.run["seed"])
+    base = of_rank_0(int(torch.randint(2**31, ())) if seed is None else seed, data)
+    if kept is not None:
+        kept.run["seed"] = base
+    if refit is not None and refit.source is None:
+        refit = replace(refit, source=data)
+    report, weights = of_rank_0((kept.report, kept.weights) if kept is not None else (None, None), data)
+    current = model
+    if kept is not None and report is not None:
+        kept.report, kept.weights = report, weights
+        current = _settled(kept.model(model))
+    report = report or Report()
+    whole = count(model, example_inputs)
+    done = {(row["step"], row["stage"]) for row in report.rows}
+
+    def record(step: int, stage: str) -> None:
+        cost = count(current, example_inputs)
+        row: dict[str, Any] = {"step": step, "stage": stage, "flops": cost.flops, "params": cost.params}
+        row |= {"flops_kept": cost.flops / whole.flops, "params_kept": cost.params / whole.params}
+        if kind == "bytes":
+            row["bytes_kept"] = cost.bytes / whole.bytes
+        if kind == "latency":
+            row["latency_kept"] = _product(report.plans)
+        with seeded(current, base, step, 2):
+            row |= _plain(evaluate(current)) if evaluate else {}
+        report.rows.append(of_rank_0(row, data))
+        if kept is not None:
+            kept.keep(current, report, model)
+
+    if (0, BEFORE) not in done:
+        record(0, BEFORE)
+    with tqdm(total=steps, unit="step", disable=not progress or steps == 1 or rank() > 0) as bar:
+        for step in range(1, steps + 1):
+            if (step, CUT) not in done:
+                with seeded(current, base, step, 0):
+                    scores = chosen(trace(current, example_inputs), data)
+                    made = of_rank_0(choose(scores, kind, *goal.at(step, scores.graph, report.rows[-1])), data)
+                    if made.cuts:
+                        small = apply(current, made, compensate=refit)
+                    else:  # the user's own model is not to be fine-tuned
+                        small = copy.deepcopy(current) if current is model else current
+                current = weights_of_rank_0(_settled(small) if kept else small, data)
+                report.plans.append(made)
+                record(step, CUT)
+            if finetune is not None and (step, TUNED) not in done:
+                with seeded(current, base, step, 1):
+                    _train(finetune, current)
+                weights_of_rank_0(_settled(current) if kept else current, data)
+                record(step, TUNED)
+            bar.set_postfix({"flops": f"{report.rows[-1]['flops_kept']:.1%}"})
+            bar.update()
+    goal.warn(report)
+    return current, report
+
+
+class Goal:
+    """What is to be left after each step, and how it is planned.
+
+    Args:
+        graph: of the whole model; shares of groups are of what they have there.
+        kind: of the budget.
+        asked: its share.
+        schedule: how the steps go there.
+        steps: their number.
+        options: of ``plan``.
+
+    Raises:
+        BudgetError: an option is unknown or out of range.
+        PlanError: an option names what the model does not have.
+    """
+
+    def __init__(
+        self,
+        graph: DependencyGraph,
+        kind: str,
+        asked: float,
+        schedule: str | Schedule,
+        steps: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        known = {field.name for field in fields(Options)} - {"since"}
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            raise BudgetError(f"There is no option {unknown!r}; those of plan are {', '.join(sorted(known))}.")
+        self.kind, self.asked, self.steps = kind, asked, steps
+        given = {name: value for name, value in options.items() if value is not None}
+        ignore = given.get("ignore", ())
+        items: Iterable[Any] = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        places = {id(module): name for name, module in graph.model.named_modules()}
+        skipped = pools.ignored_groups(graph, items)
+        shares_of = pools.by_name(graph, given.get("overrides", {}), "overrides")
+        pools.overridden(graph, given.get("overrides", {}), skipped)
+        given["ignore"] = [places[id(item)] if isinstance(item, nn.Module) else item for item in items]
+        given["overrides"] = {name: share for name, share in shares_of.items() if name not in skipped}
+        if isinstance(given.get("max_ratio"), Mapping):
+            given["max_ratio"] = pools.by_name(graph, given["max_ratio"], "max_ratio")
+        self.plain = given
+        self.sizes = {group.name: group.size for group in graph.groups}
+        self.options = Options(**given, since=self.sizes)
+        pools.most(graph, graph.bundles, self.options.max_ratio)
+        self.left = shares(schedule, steps, 1 - asked if kind == "ratio" else asked)
+        self.paths = {name: shares(schedule, steps, 1 - share) for name, share in self.options.overrides.items()}
+
+    def at(self, step: int, graph: DependencyGraph, row: Mapping[str, Any]) -> tuple[float, Options]:
+        """Return share and options for one step, given the graph of the model as it is and the last row.
+
+        Groups that are down to their last unit may not be groups any more; they are then named in vain.
+        """
+        here = {group.name for group in graph.groups}
+        gone = self.sizes.keys() - here
+        overrides = {name: 1 - path[step - 1] for name, path in self.paths.items() if name in here}
+        modules = {name for name, _ in graph.model.named_modules()}
+        ignore = [name for name in self.plain["ignore"] if name not in gone or name in modules]
+        options = replace(self.options, overrides=overrides, ignore=ignore)
+        if isinstance(options.max_ratio, Mapping):
+            options = replace(options, max_ratio={name: r for name, r in options.max_ratio.items() if name in here})
+        left = self.left[step - 1]
+        return (1 - left if self.kind == "ratio" else left / row[f"{self.kind}_kept"]), options
+
+    def warn(self, report: Report) -> None:
+        """Warn if the run has ended too far from its budget, once for all steps."""
+        if self.kind == "ratio":
+            return
+        kept = report.rows[-1][f"{self.kind}_kept"]
+        why = next((plan.budget["why"] for plan in reversed(report.plans) if "why" in plan.budget), "")
+        if kept < self.asked * (1 - TOLERANCE):
+            of = f" In the last step that missed its part: {why}" if self.steps > 1 else f" {why}"
+            warnings.warn(f"{self.kind}={self.asked:.4g}: {kept:.4f} are left.{of if why else ''}", stacklevel=3)
+
+
+def _train(finetune: Callable[[nn.Module], Any], model: nn.Module) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    finetune(model)
+    for module, training in modes:
+        module.training = training
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """Lay all tensors out as in a model that was read from a file; another layout may round otherwise."""
+    return model.to(memory_format=torch.contiguous_format)
+
+
+def _product(plans: Iterable[Plan]) -> float:
+    share = 1.0
+    for plan in plans:
+        share *= plan.budget["kept"].get("latency", 1.0)
+    return share
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics as numbers that JSON knows."""
+    return {
+        str(name): value.item() if isinstance(value, Tensor) or hasattr(value, "item") else value
+        for name, value in metrics.items()
+    }
