@@ -66,8 +66,8 @@ class Sharded:
         for number in range(dist.get_world_size(self.group)):
             mine = iter(self.batches) if number == me else None
             while True:
-                message = _next(mine) if mine is not None else None
-                kind, content = sent(message or ("", None), number, self.group)
+                message: tuple[str, Any] = ("", None) if mine is None else _next(mine)
+                kind, content = sent(message, number, self.group)
                 if kind == "error":
                     raise BatchError(f"Rank {number} could not read its batches: {content}")
                 if kind == "end":

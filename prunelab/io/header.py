@@ -86,7 +86,7 @@ def checksum(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
