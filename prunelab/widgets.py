@@ -17,6 +17,7 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
+import traitlets
 from matplotlib.figure import Figure
 
 from prunelab.errors import PruneLabError
@@ -72,6 +73,54 @@ class Explorer(ipywidgets.VBox):
             self._waiting.cancel()
         self._waiting = loop.call_later(PAUSE, self.redraw)
         return None
+
+
+class ToggleGrid(ipywidgets.VBox):
+    """Buttons in rows and columns, each on or off: a control for ``explore`` whose value is those that are on.
+
+    Attributes:
+        value: pairs ``(row, column)`` of the buttons that are pressed, sorted; it may be set.
+
+    >>> grid = ToggleGrid(2, 3, row="block", column="head")
+    >>> grid.buttons[1, 2].value = True
+    >>> grid.value
+    ((1, 2),)
+    """
+
+    value = traitlets.Tuple()
+
+    def __init__(self, rows: int, columns: int, *, row: str = "row", column: str = "column") -> None:
+        wide = ipywidgets.Layout(width="6.5em")
+        self.buttons = {
+            place: ipywidgets.ToggleButton(description=f"{column} {place[1]}", layout=wide)
+            for place in ((r, c) for r in range(rows) for c in range(columns))
+        }
+        for button in self.buttons.values():
+            button.observe(self._pressed, names="value")
+        lines = [
+            ipywidgets.HBox(
+                [ipywidgets.Label(f"{row} {r}", layout=wide), *(self.buttons[r, c] for c in range(columns))]
+            )
+            for r in range(rows)
+        ]
+        super().__init__(lines)
+
+    def _pressed(self, change: object = None) -> None:
+        self.value = tuple(place for place, button in self.buttons.items() if button.value)
+
+    @traitlets.validate("value")
+    def _known(self, proposal: Any) -> tuple[tuple[int, int], ...]:
+        chosen = tuple(sorted(tuple(place) for place in proposal["value"]))
+        if not set(chosen) <= self.buttons.keys():
+            raise PruneLabError(f"The grid has no buttons at {sorted(set(chosen) - self.buttons.keys())}.")
+        return chosen
+
+    @traitlets.observe("value")
+    def _show(self, change: Any) -> None:
+        for place, button in self.buttons.items():
+            button.unobserve(self._pressed, names="value")
+            button.value = place in self.value
+            button.observe(self._pressed, names="value")
 
 
 def explore(draw: Callable[..., tuple[Figure, str]], **controls: Choices | ipywidgets.Widget) -> Explorer:
@@ -170,4 +219,4 @@ def budget_slider(
     return explore(draw, budget=slider, criterion=buttons)
 
 
-__all__ = ["Explorer", "budget_slider", "explore"]
+__all__ = ["Explorer", "ToggleGrid", "budget_slider", "explore"]
