@@ -114,12 +114,13 @@ def section(kept: dict[str, Any], settings: Row) -> Iterator[str]:
     passes = "once" if epochs == 1 else f"{epochs} times"
     yield f"## {network}, {of}"
     yield ""
+    drawn = ", ".join(map(str, seeds))
     yield (
         f"The repository's checkpoint, {kept['whole'][str(test)]:.2%} of {test:,} test images before any cut. Scores "
         f"are taken on {scoring:,} training images, drawn from {train:,}. Both ways train on the same {images:,}, "
         f"{passes}, in batches of 64, learning rate {lr:g} with a warm-up and a cosine: at once, all of them after one "
         f"cut; in steps, {round(images / steps):,} after each of {steps} cuts by the same factor, with scores taken "
-        f"anew before each. Batch-norm statistics are measured anew after each cut. Seeds: {', '.join(map(str, seeds))}. "
+        f"anew before each. Batch-norm statistics are measured anew after each cut. Seeds: {drawn}. "
         "`eigendamage` is `pl.factorize`, the others cut channels; `magnitude` ranks units as they are, the others by "
         f"score per FLOP saved. No compensation, no distillation. PyTorch {kept['torch']}, {len(rows)} runs, "
         f"{sum(row['cpu seconds'] for row in rows) / 60:.0f} minutes of CPU time."
