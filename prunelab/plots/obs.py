@@ -1,0 +1,147 @@
+"""Figures of ``05_obs``: where the survivors go when a weight is removed, and what weight by weight pruning costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from prunelab.plots.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
+
+METHODS = {
+    "magnitude": ("magnitude", BLUE, "o", "--"),
+    "obd": ("OBD", GREEN, "D", "-"),
+    "obs": ("OBS, with compensation", PURPLE, "v", "-"),
+    "obs_remeasured": ("OBS, H measured anew", VERMILLION, "^", "-."),
+}
+"""Ways to prune weight by weight -> label, colour, marker, line."""
+
+
+def ellipse(
+    weights: Sequence[float],
+    matrix: np.ndarray,
+    names: tuple[str, str],
+    measured: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> Figure:
+    """Draw the lines of equal cost of two weights, and two ways to remove the first: straight across, or adapting.
+
+    Args:
+        weights: the trained values of both.
+        matrix: their H, ``[2, 2]``.
+        names: of the two weights.
+        measured: values of the first ``[n]`` and of the second weight ``[m]``, and the rise of the loss there
+            ``[m, n]``, in nats, drawn as shades.
+    """
+    w, h = np.asarray(weights, dtype=float), np.asarray(matrix, dtype=float)
+    obd = np.array([0.0, w[1]])
+    obs = np.array([0.0, w[1] + h[0, 1] / h[1, 1] * w[0]])
+    costs = [float((end - w) @ h @ (end - w) / 2) for end in (obs, obd)]
+    figure = picture(8.2, 5.4)
+    axes = axes_of(figure, xlabel=f"weight of {names[0]}", ylabel=f"weight of {names[1]}")
+    if measured is not None:
+        first, second, rise = measured
+        shades = axes.contourf(first, second, rise, levels=12, cmap="Greys", alpha=0.55)
+        bar = figure.colorbar(shades, ax=axes, format="%.2g")
+        bar.set_label("measured rise of the loss (nats)", fontsize=12)
+        bar.ax.tick_params(labelsize=10.5)
+        axes.set_xlim(first.min(), first.max())
+        axes.set_ylim(second.min(), second.max())
+    angle = np.linspace(0, 2 * np.pi, 200)
+    root = np.linalg.cholesky(np.linalg.inv(h))
+    for cost, color in zip(costs, (PURPLE, GREEN), strict=True):
+        ring = w[:, None] + np.sqrt(2 * cost) * root @ np.stack([np.cos(angle), np.sin(angle)])
+        axes.plot(*ring, color=color, linewidth=1.8)
+    axes.axvline(0, color=INK, linewidth=1.5)
+    for end, color, marker in ((obd, GREEN, "D"), (obs, PURPLE, "v")):
+        axes.annotate("", tuple(end), tuple(w), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.2})
+        axes.plot(*end, marker, color=color, markersize=10, zorder=3)
+    axes.plot(*w, "o", color=INK, markersize=9, zorder=3)
+    axes.grid(False)
+    handles = [
+        Line2D([], [], color=INK, marker="o", linestyle="", markersize=9, label="trained"),
+        Line2D([], [], color=GREEN, marker="D", markersize=9, label=f"OBD: {costs[1]:.2g} nats"),
+        Line2D([], [], color=PURPLE, marker="v", markersize=9, label=f"OBS: {costs[0]:.2g} nats"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    return figure
+
+
+def survivors(weights: np.ndarray, inverse: np.ndarray, chosen: int, names: Sequence[str]) -> tuple[Figure, str]:
+    """Draw what all weights do when one is deleted, and what every one of them would cost; with a caption in words.
+
+    Args:
+        weights: ``[n]``.
+        inverse: of their H, ``[n, n]``.
+        chosen: which weight goes.
+        names: of the weights.
+    """
+    delta = -weights[chosen] / inverse[chosen, chosen] * inverse[:, chosen]
+    after = weights + delta
+    obs = weights**2 / np.diag(inverse) / 2
+    obd = weights**2 * np.diag(np.linalg.inv(inverse)) / 2
+    figure = picture(10.4, 0.9 + 0.34 * len(weights))
+    rows = np.arange(len(weights))
+    axes = axes_of(figure, xlabel="value of the weight", ylabel="", place=121)
+    for row in rows:
+        axes.plot([weights[row], after[row]], [row, row], color=PALE if row != chosen else VERMILLION, linewidth=3)
+    axes.plot(weights, rows, "o", color=GREY, markersize=7, label="before")
+    axes.plot(after, rows, "v", color=PURPLE, markersize=8, label="after")
+    axes.plot([0], [chosen], "X", color=VERMILLION, markersize=11, label="deleted")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=11)
+    bars = axes_of(figure, xlabel="cost of deleting it (nats)", ylabel="", place=122)
+    bars.barh(rows - 0.2, obd, 0.38, color=GREEN)
+    bars.barh(rows + 0.2, obs, 0.38, color=PURPLE)
+    bars.plot([], [], "s", color=GREEN, markersize=10, label="OBD")
+    bars.plot([], [], "s", color=PURPLE, markersize=10, label="OBS")
+    bars.set_yticks(rows, names)
+    bars.get_yticklabels()[chosen].set_color(VERMILLION)
+    bars.invert_yaxis()
+    bars.legend(frameon=False, fontsize=11)
+    share = obs[chosen] / obd[chosen] if obd[chosen] else 1.0
+    moved = int(np.argmax(np.where(rows == chosen, 0, np.abs(delta))))
+    caption = (
+        f"Deleting <b>{names[chosen]}</b> costs {obd[chosen]:.3g} nats by OBD, where the others stay, and "
+        f"{obs[chosen]:.3g} by OBS, {share:.0%} of it, where they adapt; {names[moved]} moves "
+        f"most, by {delta[moved]:+.3g}."
+    )
+    return figure, caption
+
+
+def weight_by_weight(table: pd.DataFrame, *, whole: float, title: str = "", top: float | None = None) -> Figure:
+    """Draw the loss against the share of the weights that is removed, training images on the left, test on the right.
+
+    Args:
+        table: columns ``method`` (see ``METHODS``), ``removed`` (share), ``train`` and ``test`` (losses in nats).
+        whole: training loss of the whole network, a thin line on the left.
+        title: over the left panel.
+        top: where the vertical axes end.
+    """
+    figure = picture(10.4, 4.2)
+    panels = {"train": "loss on training images (nats)", "test": "loss on test images (nats)"}
+    for place, (column, label) in enumerate(panels.items()):
+        axes = axes_of(
+            figure, xlabel="weights removed (%)", ylabel=label, title=title if not place else "", place=121 + place
+        )
+        for method, (words, color, marker, line) in METHODS.items():
+            rows = table[table["method"] == method]
+            if len(rows):
+                axes.plot(
+                    100 * rows["removed"],
+                    rows[column],
+                    line,
+                    marker=marker,
+                    color=color,
+                    label=words if not place else None,
+                )
+        if not place:
+            axes.axhline(whole, color=GREY, linewidth=1)
+        if top is not None:
+            axes.set_ylim(0, top)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=11)
+    return figure
