@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def finetune(model: nn.Module) -> None:
     """Train in DDP, for what DDP does: gradients are means over the processes, batch norm's statistics are not."""
     wrapped = DistributedDataParallel(model.train())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
-    for inputs, targets in batches()[SHARES[rank()]]:
+    for inputs, targets in batches()[rank() : 4 : 2]:  # equally many, as DDP demands
         optimizer.zero_grad()
         F.cross_entropy(wrapped(inputs), targets).backward()
         optimizer.step()
@@ -87,11 +89,11 @@ def finetune(model: nn.Module) -> None:
 
 def pruned(data: object, tune: Callable | None = None) -> tuple[nn.Module, pl.Report]:
     return pl.prune(
-        net(), torch.randn(IMAGES), criterion="kron_obs", data=data, flops=0.5, steps=2, compensate=True, finetune=tune
+        net(), torch.randn(IMAGES), criterion="kron_obs", data=data, ratio=0.5, steps=2, compensate=True, finetune=tune
     )
 
 
-# ── what the processes do; every function is given the folder for what it found ───────────────────────────────────
+# ── what the two processes do, in this order; every function is given the folder for what it found ────────────────
 
 
 def score_together(folder: str) -> None:
@@ -105,7 +107,7 @@ def score_together(folder: str) -> None:
 
 def prune_together(folder: str) -> None:
     small, report = pruned(Sharded(batches()[SHARES[rank()]]))
-    torch.save({"state": small.state_dict(), "plans": report.to_json()}, f"{folder}/{rank()}.pt")
+    torch.save({"state": small.state_dict(), "plans": report.to_json()}, f"{folder}/pruned{rank()}.pt")
     torch.manual_seed(rank())  # what differs by process must not tell them apart
     tuned, report = pruned(Sharded(batches()[SHARES[rank()]]), finetune)
     if rank() == 0:
@@ -122,7 +124,7 @@ def train_a_sparse_model(folder: str) -> None:
     wrapped = DistributedDataParallel(penalty.model)
     (F.cross_entropy(wrapped(batches()[rank()][0]), batches()[rank()][1]) + penalty.loss()).backward()
     gradients = {name: parameter.grad for name, parameter in penalty.model.named_parameters()}
-    torch.save({"sparse": sparse.state_dict(), "gradients": gradients}, f"{folder}/{rank()}.pt")
+    torch.save({"sparse": sparse.state_dict(), "gradients": gradients}, f"{folder}/sparse{rank()}.pt")
 
 
 def go_wrong(folder: str) -> None:
@@ -143,29 +145,46 @@ def go_wrong(folder: str) -> None:
         pl.criteria.get("gate")(graph, Sharded(good if rank() == 0 else Broken()))
     with pytest.raises(pl.PlanError, match="hold Sequentials of different shapes"):
         same_everywhere(net() if rank() == 0 else nn.Sequential(nn.Linear(2, 2)))
-    Path(folder, f"{rank()}.ok").touch()
+    torch.save(True, f"{folder}/told{rank()}.pt")
 
 
-def one_of_two(number: int, work: Callable[[str], None], folder: str) -> None:
+WORKS = (score_together, prune_together, train_a_sparse_model, go_wrong)
+
+
+def one_of_two(number: int, folder: str) -> None:
     torch.set_num_threads(1)
     meeting = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=300)}
     dist.init_process_group("gloo", rank=number, world_size=2, **meeting)
-    try:
-        work(folder)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the other one would wait
+    for work in WORKS:
+        try:
+            work(folder)
+        except BaseException:
+            Path(folder, f"failed{number}").write_text(f"{work.__name__}: {traceback.format_exc()}")
+            os._exit(1)  # the other one would wait
     dist.destroy_process_group()
 
 
-def in_two(work: Callable[[str], None], folder: Path) -> None:
-    mp.spawn(one_of_two, (work, str(folder)), nprocs=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes do all of it once: most of the time goes into starting them."""
+    folder = tmp_path_factory.mktemp("two")
+    processes = mp.spawn(one_of_two, (str(folder),), nprocs=2, join=False)
+    with contextlib.suppress(mp.ProcessExitedException):
+        while not processes.join():
+            pass
+    return folder
 
 
-def test_two_processes_score_like_one(tmp_path):
-    in_two(score_together, tmp_path)
+def found_by_both(folder: Path, what: str) -> tuple[Any, Any]:
+    failures = "".join(file.read_text() for file in sorted(folder.glob("failed*")))
+    assert all((folder / f"{what}{number}.pt").exists() for number in range(2)), failures
+    first, second = (torch.load(folder / f"{what}{number}.pt") for number in range(2))
+    return first, second
+
+
+def test_two_processes_score_like_one(folder):
+    first, second = found_by_both(folder, "scores")
     alone = scores_of(net(), batches())
-    first, second = (torch.load(tmp_path / f"scores{number}.pt") for number in range(2))
     for name, by_group in alone.items():
         for group, wanted in by_group.items():
             scale = float(wanted.abs().max())
@@ -173,16 +192,15 @@ def test_two_processes_score_like_one(tmp_path):
             assert float((first[name][group] - wanted).abs().max()) <= 1e-4 * scale, name  # small ones too
             assert torch.equal(first[name][group], second[name][group]), name
     wanted = pl.collect(net(), batches(), {"grad", "moments", "kronecker"}, fisher="mc")
-    for number in range(2):
-        found = pl.Statistics.from_state_dict(torch.load(tmp_path / f"statistics{number}.pt"))
+    for state in found_by_both(folder, "statistics"):
+        found = pl.Statistics.from_state_dict(state)
         assert found.samples == wanted.samples == 120
         for name, value in wanted.moments.items():
             torch.testing.assert_close(found.moments[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_make_one_plan_and_one_model(tmp_path):
-    in_two(prune_together, tmp_path)
-    first, second = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+def test_two_processes_make_one_plan_and_one_model(folder):
+    first, second = found_by_both(folder, "pruned")
     small, report = pruned(batches())
     assert first["plans"] == second["plans"]
     for found, wanted in zip(json.loads(first["plans"])["plans"], json.loads(report.to_json())["plans"], strict=True):
@@ -190,16 +208,15 @@ def test_two_processes_make_one_plan_and_one_model(tmp_path):
     for name, value in small.state_dict().items():
         assert torch.equal(first["state"][name], second["state"][name])
         torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5)  # a system of equations on top
-    first, second = (torch.load(tmp_path / f"tuned{number}.pt") for number in range(2))
+    first, second = found_by_both(folder, "tuned")
     assert first["plans"] == second["plans"]
-    again = pl.load(net(), tmp_path / "tuned.safetensors").state_dict()
+    again = pl.load(net(), folder / "tuned.safetensors").state_dict()
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]) and torch.equal(value, again[name])
 
 
-def test_masks_and_penalties_train_in_ddp(tmp_path):
-    in_two(train_a_sparse_model, tmp_path)
-    first, second = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+def test_masks_and_penalties_train_in_ddp(folder):
+    first, second = found_by_both(folder, "sparse")
     start = net()
     sparse = pl.sparsify(start, pl.criteria.Magnitude().elementwise(start), 0.5).state_dict()
     for name, value in first["sparse"].items():
@@ -213,9 +230,8 @@ def test_masks_and_penalties_train_in_ddp(tmp_path):
         torch.testing.assert_close(first["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_what_goes_wrong_in_one_process_is_told_in_both(tmp_path):
-    in_two(go_wrong, tmp_path)
-    assert sorted(file.name for file in tmp_path.glob("*.ok")) == ["0.ok", "1.ok"]
+def test_what_goes_wrong_in_one_process_is_told_in_both(folder):
+    assert found_by_both(folder, "told") == (True, True)
 
 
 def test_without_other_processes(small):
