@@ -84,18 +84,13 @@ def damage_of(function: Callable[[Tensor, list[int], list[int]], float]) -> Verd
         ),
     }
     return compare(
-        lambda *given: _number(function(*given)),
+        function,
         cases,
         lambda scores, rows, columns: float(scores.sum() - kept(scores, rows, columns)),
-        {words: (lambda *given, wrong=wrong: float(wrong(*given))) for words, wrong in mistakes.items()},
+        mistakes,
         praise="in the eigenbasis scores add up, so the damage of a cut is a sum, each entry once.",
         hint="Sum all scores, and subtract those that stay.",
     )
-
-
-def _number(answer: object) -> object:
-    """Return one number as a number, whatever tensor it came in."""
-    return float(answer) if isinstance(answer, Tensor) and answer.numel() == 1 else answer
 
 
 def largest_rank(function: Callable[[int, int], int]) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,14 +13,24 @@ from prunelab.exercises.verdict import Verdict, answer_of, compare
 Loss = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class _Named:
+    """A function that a verdict can write down."""
+
+    formula: str
+    function: Loss
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        return self.function(theta)
+
+    def __repr__(self) -> str:
+        return self.formula
+
+
 def theta_h_theta(function: Callable[[Loss, Tensor], Tensor]) -> Verdict:
     """Check ``function(loss, theta)``: ``θ ⊙ (Hθ)``, H the Hessian of ``loss`` at ``theta [n]``."""
-
-    def bowl(theta: Tensor) -> Tensor:
-        return theta[0] ** 2 + 3 * theta[0] * theta[1] + theta[1] - 2 * theta[1] ** 2
-
-    def product(theta: Tensor) -> Tensor:
-        return theta[0] * theta[1] * theta[2] + theta.sum()
+    bowl = _Named("θ₀² + 3θ₀θ₁ + θ₁ − 2θ₁²", lambda t: t[0] ** 2 + 3 * t[0] * t[1] + t[1] - 2 * t[1] ** 2)
+    product = _Named("θ₀θ₁θ₂ + θ₀ + θ₁ + θ₂", lambda t: t[0] * t[1] * t[2] + t.sum())
 
     def hessian(loss: Loss, theta: Tensor) -> Tensor:
         return torch.autograd.functional.hessian(loss, theta)
@@ -81,18 +92,13 @@ def unit_alone(function: Callable[[Tensor, Tensor, Tensor, list[int]], float]) -
         ),
     }
     return compare(
-        lambda *given: _number(function(*given)),
+        function,
         [(H, g, theta, [1]), (H, g, theta, [0, 2]), (H, g, theta, [0, 1])],
         right,
         mistakes,
         praise="both sides of H are restricted to the unit, since nothing else moves.",
         hint="Make δ, a vector of zeros with −θ on the unit, and put it into gᵀδ + ½ δᵀHδ.",
     )
-
-
-def _number(answer: object) -> object:
-    """Return one number as a number, whatever tensor it came in."""
-    return float(answer) if isinstance(answer, Tensor) and answer.numel() == 1 else answer
 
 
 Paths = Sequence[Sequence[str]]

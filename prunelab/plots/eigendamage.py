@@ -38,7 +38,9 @@ def before_and_after(plain: Tensor, rotated: Tensor) -> Figure:
         fisher = rows.mT @ rows
         scale = fisher.diagonal().clamp_min(torch.finfo(fisher.dtype).tiny).sqrt()
         axes = axes_of(figure, xlabel="weight", ylabel="weight", title=title, place=121 + place)
-        image = axes.imshow((fisher / torch.outer(scale, scale)).numpy(), cmap=SIGNED, vmin=-1, vmax=1)
+        image = axes.imshow(
+            (fisher / torch.outer(scale, scale)).numpy(), cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest"
+        )
         edges = np.arange(1, gradients.shape[1]) * gradients.shape[2] - 0.5
         axes.hlines(edges, -0.5, len(fisher) - 0.5, color=GREY, linewidth=0.4)
         axes.vlines(edges, -0.5, len(fisher) - 0.5, color=GREY, linewidth=0.4)
@@ -81,7 +83,9 @@ def _scale(*scores: Tensor) -> LogNorm:
 def _map(axes: Axes, scores: Tensor, norm: LogNorm) -> AxesImage:
     rows, columns = (scores.sum(dim).argsort(descending=True) for dim in (1, 0))
     axes.grid(False)
-    return axes.imshow(scores[rows][:, columns].clamp_min(norm.vmin or 0).numpy(), cmap="Greys", norm=norm)
+    return axes.imshow(
+        scores[rows][:, columns].clamp_min(norm.vmin or 0).numpy(), cmap="Greys", norm=norm, interpolation="nearest"
+    )
 
 
 def layer_curves(table: pd.DataFrame) -> Figure:

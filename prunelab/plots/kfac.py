@@ -63,7 +63,7 @@ def block_beside(block: Tensor, product: Tensor, *, blocks: int, title: str = ""
             title=name,
             place=131 + place,
         )
-        image = axes.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
+        image = axes.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
         edges = np.arange(1, blocks) * len(block) / blocks - 0.5
         axes.hlines(edges, -0.5, len(block) - 0.5, color=GREY, linewidth=0.5)
         axes.vlines(edges, -0.5, len(block) - 0.5, color=GREY, linewidth=0.5)

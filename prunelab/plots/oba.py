@@ -56,14 +56,14 @@ def pair_maps(layers: Sequence[str], maps: Mapping[str, Tensor]) -> Figure:
         layers: names of weights.
         maps: part -> ``[n, n]``, in nats.
     """
-    figure = picture(10.5, 5.1)
+    figure = picture(1.7 + 4.4 * len(maps), 5.6)
     limit = _limit(maps)
     image = None
     for place, (part, matrix) in enumerate(maps.items()):
         axes = axes_of(figure, xlabel="", ylabel="", title=PARTS[part][0], place=100 + 10 * len(maps) + place + 1)
         image = _map(axes, layers, matrix, limit, names=not place)
     assert image is not None
-    figure.colorbar(image, ax=figure.axes, shrink=0.55, extend="both").set_label("nats", fontsize=11)
+    figure.colorbar(image, ax=figure.axes, shrink=0.75, extend="both").set_label("nats", fontsize=11)
     return figure
 
 
@@ -77,7 +77,7 @@ def _map(axes: Axes, layers: Sequence[str], matrix: Tensor, limit: float, *, nam
     axes.set_yticks(range(len(layers)), short if names else [""] * len(layers), fontsize=10)
     axes.tick_params(length=0)
     axes.grid(False)
-    return axes.imshow(matrix.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit)
+    return axes.imshow(matrix.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
 
 
 def _short(name: str) -> str:
@@ -147,7 +147,7 @@ def pair_view(
         matrix = maps[part] * (part in kept)
         own = float(matrix.diagonal().sum())
         for name, value in (("layers by themselves", own), ("pairs of layers", float(matrix.sum()) - own)):
-            names.append(f"{part.replace('_', '-')}:\n{name}")
+            names.append(f"{PARTS[part][0]}:\n{name}")
             values.append(value)
             colors.append(PARTS[part][1])
     axes.barh(names, values, color=colors)
