@@ -1,0 +1,102 @@
+"""03_taylor: mistakes in its exercises are explained, its figures show what they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from prunelab.exercises import taylor as exercises
+from prunelab.plots import taylor as figures
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda w, g: (w * g).flatten(1).sum(1), "sign is turned around"),
+        (lambda w, g: (w * g).flatten(1).abs().sum(1), "absolute values first"),
+        (lambda w, g: (w * g).flatten(1).sum(1).abs(), "absolute value of the sum"),
+        (lambda w, g: -g.flatten(1).sum(1), "gradient alone"),
+        (lambda w, g: -(w * g).flatten(1).mean(1), "all of them go"),
+        (lambda w, g: torch.zeros(len(w)), "What is gᵀδ"),
+    ],
+)
+def test_mistakes_about_the_first_order_are_explained(attempt, words):
+    verdict = exercises.predicted_change(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda p: p.sum(1).abs() / p.abs().sum(1), "the share that is left"),
+        (lambda p: 1 - p.sum(1) / p.abs().sum(1), "numerator"),
+        (lambda p: p.abs().sum(1) - p.sum(1).abs(), "divide by what there is"),
+        (lambda p: 1 - p.sum(0).abs() / p.abs().sum(0), "over the units"),
+        (lambda p: torch.zeros(len(p)), "what is left after cancelling"),
+    ],
+)
+def test_mistakes_about_cancelling_are_explained(attempt, words):
+    verdict = exercises.cancelled(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda loss, w, e: (loss((1 + e) * w) - loss((1 - e) * w)) / (2 * e), "sign is turned around"),
+        (lambda loss, w, e: (loss((1 - e) * w) - loss(w)) / e, "to one side"),
+        (lambda loss, w, e: (loss((1 - e) * w) - loss((1 + e) * w)) / e, "2 eps apart"),
+        (lambda loss, w, e: (loss(w - e) - loss(w + e)) / (2 * e), "scale them"),
+        (lambda loss, w, e: float(loss(w)), "Evaluate the loss at"),
+    ],
+)
+def test_mistakes_about_slopes_are_explained(attempt, words):
+    verdict = exercises.slope(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def test_a_tangent_ends_where_the_first_order_says():
+    axes = figures.tangents({"unit": ([0, 0.5, 1], [0, 0.1, 0.6], -0.2)}).axes[0]
+    measured, tangent = axes.lines[:2]
+    assert list(measured.get_ydata()) == [0, 0.1, 0.6]
+    assert list(tangent.get_ydata()) == [0, -0.2]
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"group": ["a", "a", "b"], "measured": [0.1, 0.2, -0.1], "one": [0.3, 0.5, 0.1], "two": [-0.1, -0.3, 0.2]}
+    )
+
+
+def test_predictions_have_a_panel_per_form_with_its_rank_correlation(table):
+    figure = figures.predictions(table, ["one", "two"], highlight="b")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Spearman 1.00", "Spearman -1.00"]
+    _, others, pointed = figure.axes[0].lines
+    assert (list(others.get_xdata()), list(pointed.get_xdata())) == ([0.3, 0.5], [0.1])
+    assert list(pointed.get_ydata()) == [-0.1]
+
+
+def test_noise_falls_with_the_root_of_the_images():
+    table = pd.DataFrame({"network": ["n", "n"], "images": [100, 400], "norm": [2.0, 1.9]})
+    measured, noise = figures.gradient_noise(table).axes[0].lines[:2]
+    assert list(measured.get_ydata()) == [2.0, 1.9]
+    assert list(noise.get_ydata()) == pytest.approx([2.0, 1.0])
+
+
+def test_running_sums_begin_with_the_largest_product():
+    absolute, signed = figures.cancellation({"row": np.array([0.1, -0.5, 0.2])}).axes[0].lines[:2]
+    assert list(absolute.get_ydata()) == pytest.approx([0.5, 0.7, 0.8])
+    assert list(signed.get_ydata()) == pytest.approx([-0.5, -0.3, -0.2])
+
+
+def test_bars_are_in_percent_and_in_the_given_order():
+    table = pd.DataFrame({"score": ["x", "random"], "accuracy": [0.5, 0.25], "error": [0.01, 0.01]})
+    axes = figures.accuracy_bars(table, whole=0.9).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [50, 25]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "random"]
