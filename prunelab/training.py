@@ -2,6 +2,12 @@
 
 Flows in: a model and a set of images.  Flows out: the same model, trained, and a log of its epochs.
 
+    recipe = Recipe(epochs=2, lr=0.02, weight_decay=5e-4)
+    fit(small, images.train, recipe, distill=Distillation(model))  # towards the labels and the unpruned model
+    evaluate(small, data.loader(images.test, 500))
+
+The whole loop is ``fit`` and ``_train_epoch``.  On a GPU it computes in mixed precision.
+
     python -m prunelab.training resnet20 --data full
 
 trains one network by its recipe, goes on where an interrupted run stopped, and writes ``NAME.safetensors`` (fp16) and
@@ -17,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +33,7 @@ from tqdm.auto import tqdm
 
 from prunelab import data, zoo
 from prunelab.batches import eval_mode
-from prunelab.errors import DataError
+from prunelab.errors import BudgetError, DataError
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,47 @@ RECIPES = {
 }
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """A loss towards what a teacher says, beside that towards the labels; the unpruned model as a rule.
+
+    With logits v of the teacher and z of the student, and T the temperature,
+
+        loss = (1 − weight) · CE(z, labels) + weight · T² · KL(softmax(v / T) ‖ softmax(z / T)),
+
+    in nats per image.  A high temperature shows the student what the teacher takes for similar; T² keeps the size of
+    the gradients.
+
+    Args:
+        teacher: takes what the student takes; used in eval mode, without gradients, and left as it is.
+        temperature: above 0.
+        weight: of the teacher, in [0, 1].
+
+    Raises:
+        BudgetError: a number is out of range.
+
+    Source: Hinton, Vinyals & Dean 2015, *Distilling the Knowledge in a Neural Network*, section 2.
+    """
+
+    teacher: nn.Module
+    temperature: float = 4.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise BudgetError(f"temperature={self.temperature!r} is no number above 0.")
+        if not 0 <= self.weight <= 1:
+            raise BudgetError(f"weight={self.weight!r} is outside [0, 1].")
+
+    def __call__(self, logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the student's ``logits [B, classes]`` on ``inputs``."""
+        with torch.no_grad(), eval_mode(self.teacher):
+            wanted = self.teacher(inputs)
+        one, two = ((scores.float() / self.temperature).log_softmax(1) for scores in (logits, wanted))
+        apart = F.kl_div(one, two, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * F.cross_entropy(logits, targets) + self.weight * self.temperature**2 * apart
+
+
 def default_device() -> torch.device:
     """Return the accelerator of this machine, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,6 +146,7 @@ def fit(
     images: data.ImageSet,
     recipe: Recipe,
     *,
+    distill: Distillation | None = None,
     seed: int = 0,
     state: Path | None = None,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
@@ -112,6 +161,7 @@ def fit(
         model: takes ``[B, 3, 32, 32]``, gives logits ``[B, classes]``; left in eval mode.
         images: the training set; crops and mirrors are added unless it has its own ``augment``.
         recipe: epochs, optimizer and learning rate.
+        distill: what to learn from besides the labels.
         seed: of the order of images and the augmentation.
         state: file to keep the state of the run in after every epoch, and to resume from.
         after_epoch: called with the epoch's number in eval mode; what it returns is added to the row.
@@ -134,7 +184,8 @@ def fit(
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 10_000 + epoch)
-            loss = _train_epoch(model, images, recipe, optimizer, schedule, bar, seed * 10_000 + epoch)
+            batches = data.loader(images, recipe.batch_size, shuffle=True, seed=seed * 10_000 + epoch)
+            loss = _train_epoch(model, batches, optimizer, schedule, distill, bar)
         model.eval()
         row = {"epoch": epoch + 1, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
         log.append(row | (after_epoch(epoch + 1) if after_epoch else {}))
@@ -146,20 +197,35 @@ def fit(
     return log
 
 
-def _train_epoch(model, images, recipe, optimizer, schedule, bar, seed) -> float:
+def _train_epoch(
+    model: nn.Module, batches: Iterable, optimizer: Any, schedule: Any, distill: Distillation | None, bar: tqdm
+) -> float:
+    """Train for one epoch and return the mean loss."""
     device = next(model.parameters()).device
     model.train()
-    total = torch.zeros((), device=device)
-    for inputs, targets in data.loader(images, recipe.batch_size, shuffle=True, seed=seed):
-        inputs = inputs.to(device, memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(inputs), targets.to(device))
+    seen, total = 0, torch.zeros((), device=device)
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device, memory_format=torch.channels_last), targets.to(device)
+        with mixed_precision(device):
+            logits = model(inputs)
+            loss = distill(logits, inputs, targets) if distill else F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        total += loss.detach() * len(targets)
+        seen, total = seen + len(targets), total + loss.detach() * len(targets)
         bar.update()
-    return total.item() / len(images)
+    return total.item() / seen
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which a GPU that can multiplies in bfloat16; weights and sums stay in float32.
+
+    With bfloat16's range of exponents gradients need no scaling.  GPUs before NVIDIA's Ampere, and CPUs, compute in
+    float32.
+    """
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
 
 
 def _keep(path: Path, parts: dict, log: list[dict[str, float]]) -> None:

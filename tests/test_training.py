@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
-from prunelab.training import Recipe, evaluate, fit, train_checkpoint
+from prunelab.training import Distillation, Recipe, evaluate, fit, mixed_precision, train_checkpoint
 
 RECIPE = Recipe(epochs=3, lr=0.05, weight_decay=5e-4, batch_size=50)
 
@@ -78,3 +79,85 @@ def test_a_checkpoint_is_written_with_its_log(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(pl.zoo, "checkpoint", lambda name: tmp_path / f"{name}.safetensors")
     found = evaluate(pl.zoo.load("tiny"), pl.data.loader(mini.test.subset(100), 100))
     assert found["accuracy"] == report["accuracy"]["mini test set"]
+
+
+# ── distillation and mixed precision ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_distillation_is_hintons_loss():
+    """Against its definition, probability by probability, in float64."""
+    torch.manual_seed(0)
+    student, labels, inputs = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 4, torch.randn(6, 3).double()
+    teacher = nn.Linear(3, 4).double()
+    temperature, weight = 3.0, 0.3
+    soft = (teacher(inputs) / temperature).softmax(1)
+    mine = (student / temperature).softmax(1)
+    apart = (soft * (soft.log() - mine.log())).sum(1).mean()
+    hard = -student.softmax(1).log()[torch.arange(6), labels].mean()
+    wanted = 0.7 * hard + 0.3 * temperature**2 * apart
+    found = Distillation(teacher, temperature, weight)(student, inputs, labels)
+    # float32 inside, which is what mixed precision needs
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_at_high_temperature_distillation_matches_logits():
+    """Hinton et al., equation 4: for zero-mean logits the gradient tends to (z − v) / classes."""
+    torch.manual_seed(0)
+    inputs, student = torch.eye(5), torch.randn(5, 4)
+    student = (student - student.mean(1, keepdim=True)).requires_grad_()
+    teacher = nn.Linear(5, 4, bias=False)
+    with torch.no_grad():
+        teacher.weight -= teacher.weight.mean(0)
+    Distillation(teacher, temperature=300.0, weight=1.0)(student, inputs, torch.zeros(5).long()).backward()
+    wanted = (student - teacher(inputs)).detach() / 4 / 5  # over the batch
+    assert torch.allclose(student.grad, wanted, atol=2e-3 * wanted.abs().max())
+
+
+def test_the_teacher_stays_as_it_is_and_the_student_comes_nearer(mini):
+    images, teacher, student = mini.train.subset(200), tiny(1).train(), tiny(2)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    distill = Distillation(teacher, weight=1.0)
+    log = fit(student, images, RECIPE, distill=distill, progress=False)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_without_weight_distillation_changes_nothing(mini):
+    plain, distilled = tiny(), tiny()
+    fit(plain, mini.train.subset(100), RECIPE, progress=False)
+    fit(distilled, mini.train.subset(100), RECIPE, distill=Distillation(tiny(5), weight=0.0), progress=False)
+    for one, two in zip(plain.parameters(), distilled.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"weight": 1.5}, {"temperature": float("nan")}])
+def test_a_distillation_out_of_range_is_an_error(options):
+    with pytest.raises(pl.BudgetError, match=next(iter(options))):
+        Distillation(tiny(), **options)
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_precision_is_mixed_on_gpus_that_can_and_nowhere_else(monkeypatch, able):
+    """On tensors without data that know that they would be on a GPU; there need be none."""
+    assert not mixed_precision(torch.device("cpu"))._enabled
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model, teacher, images, targets = tiny(), tiny(), torch.empty(4, 3, 32, 32), torch.zeros(4).long()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: able)
+        with torch.no_grad(), mixed_precision(torch.device("cuda")):
+            logits = model(images)
+            loss = Distillation(teacher)(logits, images, targets)
+        assert logits.dtype == (torch.bfloat16 if able else torch.float32)
+        assert loss.dtype == torch.float32 and loss.device.type == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_in_mixed_precision_and_ends_near_the_cpu(mini):
+    images, model = mini.train.subset(300), tiny().cuda()
+    kinds = set()
+    model[0].register_forward_hook(lambda module, inputs, out: kinds.add(out.dtype))
+    log = fit(model, images, RECIPE, distill=Distillation(tiny(3).cuda(), weight=0.5), progress=False)
+    wanted = fit(tiny(), images, RECIPE, distill=Distillation(tiny(3), weight=0.5), progress=False)
+    assert torch.bfloat16 in kinds and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert log[-1]["loss"] == pytest.approx(wanted[-1]["loss"], rel=0.05)  # bfloat16 has 8 bits of mantissa

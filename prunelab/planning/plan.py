@@ -48,8 +48,8 @@ class Plan:
         cuts: one per group that loses units.
         inputs: shapes and types of the example inputs, to trace the model again.
         budget: what was ``"asked"`` for and what is ``"kept"`` (shares of FLOPs, parameters and bytes, and of latency
-            where that was measured); ``"missed"`` and ``"why"`` where the plan ends more than 1 % of the budget away
-            from it: ``"missed"`` is the difference as a share of the budget, below it as a rule and then negative.
+            where that was ``"measured"``); ``"missed"`` and ``"why"`` where the plan ends more than 1 % of the budget
+            away from it: ``"missed"`` is the difference as a share of the budget, negative below it.
     """
 
     cuts: tuple[Cut, ...]
@@ -144,6 +144,15 @@ class Plan:
             what = " and ".join(f"{name}={share:g}" for name, share in asked.items())
             how = [f"{name} {self.budget[name]}" for name in ("criterion", "scope", "per") if name in self.budget]
             lines.append(f"Asked for {what}" + (f" ({', '.join(how)})." if how else "."))
+        measured = self.budget.get("measured")
+        seconds = _numbers(measured.get("seconds")) if isinstance(measured, Mapping) else {}
+        if seconds.keys() >= {"whole", "cut"}:
+            facts = _numbers(measured)
+            lines.append(
+                f"Measured {seconds['whole']:.3g} s before and {seconds['cut']:.3g} s after the cut, "
+                f"on {facts.get('measurements', 0):g} networks at places {facts.get('resolution', 0):.3g} of the order "
+                "apart."
+            )
         if "why" in self.budget:
             lines.append(str(self.budget["why"]))
         width = max((len(cut.group) for cut in self.cuts), default=0)
