@@ -89,7 +89,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(whole, tmp_
     """SIGKILL, 20 times, each in a process of its own that goes on where the last one was killed."""
     context = multiprocessing.get_context("forkserver")  # it imports everything once and never computes
     context.set_forkserver_preload(["prunelab", "tests.test_resume"])
-    folder, moments, kills, finished = tmp_path / "state", random.Random(0), 0, 0
+    folder, moments, kills = tmp_path / "state", random.Random(0), 0
 
     def start() -> multiprocessing.process.BaseProcess:
         process = context.Process(target=child, args=(str(folder),))
@@ -109,12 +109,11 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(whole, tmp_
         if process.exitcode is None:
             process.kill()
             process.join()
-            assert process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
             kills += 1
         else:  # it was faster than its murderer: once more from the beginning
             assert process.exitcode == 0 and same(run(folder), whole)
             shutil.rmtree(folder)
-            finished += 1
     assert same(run(folder), whole)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
 
