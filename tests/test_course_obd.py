@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from prunelab.exercises import obd as exercises
 from prunelab.plots import obd as figures
+from prunelab.plots import png
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def each(signs, product):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda signs, product: each(signs, product).mean(0), "without multiplying by z again"),
+        (lambda signs, product: each(signs, product).mean(0), "without multiplying by ε again"),
         (lambda signs, product: (signs * each(signs, product)).sum(1).mean(), "trace"),
         (lambda signs, product: (signs * each(signs, product)).sum(0), "their mean is asked for"),
         (lambda signs, product: signs[0] * product(signs[0]), "one sign vector only"),
@@ -120,3 +124,14 @@ def test_the_sum_of_saliencies_stands_beside_the_truth():
     table = pd.DataFrame({"share": [0.1, 0.5], "sum": [1.0, 2.0], "quadratic": [2.0, 4.0], "measured": [3.0, 5.0]})
     lines = {line.get_label(): list(line.get_ydata()) for line in figures.sum_and_truth(table).axes[0].lines}
     assert lines["measured"] == [3, 5] and lines["sum of ½ h w², no pairs"] == [1, 2]
+
+
+def test_a_palette_saves_bytes_and_changes_nothing_that_one_can_see():
+    figure = figures.bowl(
+        *2 * [np.linspace(-1, 1, 20)], *2 * [np.random.default_rng(0).random((20, 20))], (0, 0), ("a", "b")
+    )
+    plain, small = io.BytesIO(), png(figure)
+    figure.savefig(plain, format="png")
+    assert len(small) < len(plain.getvalue()) / 2
+    pixels = [np.asarray(Image.open(data).convert("RGB")).astype(int) for data in (plain, io.BytesIO(small))]
+    assert abs(pixels[0] - pixels[1]).max() <= 24  # a tenth of 255

@@ -88,7 +88,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def hutchinson_diagonal(function: Callable[[Tensor, Product], Tensor]) -> Verdict:
-    """Check ``function(signs, product)``: the mean of ``z ⊙ Hz`` over sign vectors ``[K, n]``."""
+    """Check ``function(signs, product)``: the mean of ``ε ⊙ Hε`` over sign vectors ``[K, n]``."""
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(2, 4, 4, generator=generator)
     matrices = [one + one.T for one in root]
@@ -108,8 +108,8 @@ def hutchinson_diagonal(function: Callable[[Tensor, Product], Tensor]) -> Verdic
 
     named.__name__ = function.__name__
     mistakes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "it averages Hz without multiplying by z again, and the signs cancel": lambda z, m: (z @ m).mean(0),
-        "that is the mean of zᵀHz, an estimate of the trace; multiply entry by entry": lambda z, m: (
+        "it averages Hε without multiplying by ε again, and the signs cancel": lambda z, m: (z @ m).mean(0),
+        "that is the mean of εᵀHε, an estimate of the trace; multiply entry by entry": lambda z, m: (
             (z * (z @ m)).sum(1).mean()
         ),
         "it adds the sign vectors up; their mean is asked for": lambda z, m: (z * (z @ m)).sum(0),
@@ -121,8 +121,8 @@ def hutchinson_diagonal(function: Callable[[Tensor, Product], Tensor]) -> Verdic
         list(zip(signs, matrices, strict=True)),
         lambda z, m: (z * (z @ m)).mean(0),
         mistakes,
-        praise="z_q z_q is 1, and z_q z_r averages to 0: only the diagonal survives.",
-        hint="For one z, entry q of z ⊙ Hz is h_qq plus terms whose signs are random.",
+        praise="ε_q ε_q is 1, and ε_q ε_r averages to 0: only the diagonal survives.",
+        hint="For one ε, entry q of ε ⊙ Hε is h_qq plus terms whose signs are random.",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 # Okabe & Ito 2008, Color Universal Design: told apart with every common kind of colour vision.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -40,9 +41,16 @@ class Picture(Figure):
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG image."""
+    """Return a figure as the bytes of a PNG image.
+
+    Figures without photographs have a palette of 256 colours: a third of the bytes, and no difference that one can see.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
+    if not any(axes.images for axes in figure.axes):
+        image = Image.open(buffer).convert("RGB")
+        buffer = io.BytesIO()
+        image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
 
 
