@@ -87,7 +87,8 @@ def _vary_and_tell(args: argparse.Namespace) -> None:
 def _claims(args: argparse.Namespace) -> None:
     import nbformat
 
-    print("# What the notebooks prove\n\nEach claim is checked by an assert in its notebook, which `make test` executes.")
+    print("# What the notebooks prove\n")
+    print("Each claim is checked by an assert in its notebook, which `make test` executes.")
     for notebook in sorted(map(Path, args.notebook)):
         for cell in nbformat.read(notebook, as_version=4).cells:
             if cell.id == "claims":
