@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE = 12
+"""Entries of a tensor from which on it is named by its shape instead of its numbers."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -103,7 +106,9 @@ def compare(
 
 
 def shown(value: Any) -> str:
-    """Return a value as a reader would write it down: tensors as lists, with three decimals."""
+    """Return a value as a reader would write it down: tensors as lists, with three decimals; large ones by shape."""
+    if isinstance(value, Tensor) and value.numel() > LARGE:
+        return f"<a tensor of shape {list(value.shape)}>"
     if isinstance(value, Tensor):
         return str(torch.round(value.detach().double(), decimals=3).tolist())
     if isinstance(value, float):
