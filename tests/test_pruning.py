@@ -165,10 +165,8 @@ def test_small_steps_add_up_to_the_share_of_units():
 @pytest.mark.parametrize(("budget", "empty"), [({"flops": 0.5}, 6), ({"ratio": 0.5}, 6)])
 def test_a_step_with_nothing_to_cut_is_no_error_and_the_users_model_is_not_trained(budget, empty, tmp_path):
     model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
-    trained, how = (
-        [],
-        {"steps": 8, "schedule": "linear", "progress": False, "finetune": lambda net: trained.append(net)},
-    )
+    trained: list = []
+    how = {"steps": 8, "schedule": "linear", "progress": False}
     for state in (None, tmp_path / "state", tmp_path / "state"):
         small, report = pl.prune(model, torch.ones(1, 2), **budget, **how, state=state, finetune=trained.append)
         assert small[0].out_features == 2 and all(net is not model for net in trained)
