@@ -213,9 +213,13 @@ def factorizations(run: Run, network: str, images: int, seed: int) -> None:
         for share in run.args.shares:
             key = {"table": "cuts", "network": network, "images": images, "seed": seed, "criterion": label}
             key |= {"steps": 1, "per": "flops", "flops": share, "compensate": None}
-            if not run.done(**key):
-                scores = scores or pl.criteria.EigenDamage(**options)(graph, batches)
+            if run.done(**key):
+                continue
+            scores = scores or pl.criteria.EigenDamage(**options)(graph, batches)
+            try:
                 run.keep(key | evaluate(pl.factorize(model, scores, flops=share), run.test))
+            except pl.PruneLabError as error:
+                tqdm.write(f"{network}: {label}: {error}")
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -113,3 +114,10 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
 
 def inline_code(page: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_the_readme_shows_the_criteria_as_they_were_measured():
+    from bench.criteria import summary
+
+    rows = json.loads((ROOT / "bench" / "criteria.json").read_text(encoding="utf-8"))["rows"]
+    assert summary(rows).strip() in (ROOT / "README.md").read_text(encoding="utf-8")
