@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prunelab as pl
+from prunelab.curvature.dilation import self_product
 from prunelab.curvature.hvp import hessian_product
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -36,11 +37,16 @@ def floor(model: nn.Module, batches: Batches) -> None:
         torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
 
 
-def product(model: nn.Module, batches: Batches) -> None:
+def own(model: nn.Module, batches: Batches) -> None:
     """θ ⊙ Hθ."""
-    theta = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, value in hessian_product(model, batches, theta).items():
-        value.mul_(theta[name])
+    parameters = dict(model.named_parameters())
+    for name, value in self_product(model, batches)[1].items():
+        value.mul_(parameters[name].detach())
+
+
+def product(model: nn.Module, batches: Batches) -> None:
+    """Hv, for a vector that is not θ."""
+    hessian_product(model, batches, {name: torch.ones_like(p) for name, p in model.named_parameters()})
 
 
 def loop(model: nn.Module, batches: Batches) -> None:
@@ -60,7 +66,8 @@ WHAT: dict[str, Callable[[nn.Module, Batches], object]] = {
     "moments, one sample at a time": loop,
     "K-FAC factors": lambda model, batches: pl.collect(model, batches, {"kronecker"}),
     "moments and factors": lambda model, batches: pl.collect(model, batches, {"moments", "kronecker"}),
-    "θ⊙Hθ": product,
+    "θ⊙Hθ": own,
+    "Hv": product,
 }
 
 
