@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 import prunelab as pl
 from bench.finetuning import table
+from bench.record import keep
 from prunelab.planning.pools import SCOPES
 
 Row = dict[str, Any]
@@ -149,16 +149,6 @@ def section(rows: list[Row], title: str, how: str) -> Iterator[str]:
         yield ""
 
 
-def keep(path: Path, kept: Row) -> None:
-    """Write everything, so that a run stopped in the middle of it leaves the old file or the new."""
-    rows = ",\n".join(json.dumps(row) for row in kept["rows"])
-    rest = json.dumps({key: value for key, value in kept.items() if key != "rows"})
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
-    os.replace(fresh, path)
-    path.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,8 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
             start = time.process_time()
             row = asked | measure(scores, inputs, asked)
             kept["rows"].append(row | {"cpu seconds": round(time.process_time() - start, 2)})
-        keep(path, kept)
-    keep(path, kept)
+        keep(path, kept, markdown)
+    keep(path, kept, markdown)
     print(markdown(kept))
 
 

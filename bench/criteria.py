@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -95,15 +96,9 @@ def criteria(names: list[str]) -> dict[str, pl.criteria.Criterion]:
     return found
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Return the rank of every value, equal values sharing theirs."""
-    return (values[:, None] > values).sum(1).double() + ((values[:, None] == values).sum(1) - 1) / 2
-
-
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation."""
-    pair = torch.stack([ranks(first), ranks(second)])
-    return float(torch.corrcoef(pair)[0, 1]) if pair.std(1).min() > 0 else float("nan")
+    """Return Spearman's rank correlation; not a number where all values of one side are the same."""
+    return float(pd.Series(first.numpy()).rank().corr(pd.Series(second.numpy()).rank()))
 
 
 class Run:
@@ -264,7 +259,7 @@ def accuracies(network: str, steps: int, rows: list[dict[str, Any]]) -> Iterator
     how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
     yield f"## {network}: accuracy (loss) after cuts {how}"
     yield ""
-    yield f"Without fine-tuning, {len(unique(rows, 'seed'))} seeds of scoring images; FLOPs are what is left."
+    yield f"Without fine-tuning; seeds of scoring images: {len(unique(rows, 'seed'))}."
     yield ""
     tuned = any("fine-tuned" in row for row in rows)
     head = ["criterion", "ranked per", *(f"{share:.0%} of the FLOPs" for share in shares)]
@@ -316,14 +311,18 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return all tables."""
-    lines = []
+    lines = [
+        "`python bench/criteria.py` measures what `criteria.json` lacks and writes this page; a row there names its",
+        "",
+    ]
+    lines[0] += " network, seed and number of images. Correlations name the number of units measured (`--units`)."
     for network in unique(rows, "network"):
         found = [row for row in rows if row["network"] == network and row["table"] == "correlation"]
         if found:
             sizes = sorted(unique(found, "images"))
             seeds, units = len(unique(found, "seed")), max(row["units"] for row in found)
             lines += [f"## {network}: rank correlation with the oracle", ""]
-            lines += [f"{units} units, {seeds} seeds (of units and images); in brackets the mean within groups.", ""]
+            lines += [f"{units} units, seeds of units and images: {seeds}; in brackets the mean within groups.", ""]
             head = ["criterion", *(f"{size} images" for size in sizes), f"seconds, {sizes[-1]} images"]
             body = []
             for label in unique(found, "criterion"):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -27,6 +26,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import prunelab as pl
+from bench.record import keep
 from prunelab.data import ImageSet
 from prunelab.training import Recipe, default_device, evaluate, fit
 
@@ -166,16 +166,6 @@ def section(kept: dict[str, Any], settings: Row) -> Iterator[str]:
     yield ""
 
 
-def keep(path: Path, kept: dict[str, Any]) -> None:
-    """Write everything, so that a run stopped in the middle of it leaves the old file or the new."""
-    rows = ",\n".join(json.dumps(row) for row in kept["rows"])
-    rest = json.dumps({key: value for key, value in kept.items() if key != "rows"})
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
-    os.replace(fresh, path)
-    path.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,7 +201,7 @@ def main() -> None:
     missing = [key for key in keys if not any(key.items() <= row.items() for row in kept["rows"])]
     for key in tqdm(missing, unit="run"):
         kept["rows"].append(key | prune(args, data, key["criterion"], key["share"], key["way"], key["seed"]))
-        keep(path, kept)
+        keep(path, kept, markdown)
         tqdm.write(f"{key['criterion']}, {key['share']:.0%}, {key['way']}: {kept['rows'][-1]['accuracy']:.1%}")
     print(markdown(kept))
 

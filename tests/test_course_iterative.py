@@ -126,5 +126,5 @@ def test_the_table_says_what_was_run_and_leaves_a_dash_where_nothing_was():
 
 
 def test_runs_are_kept_in_one_piece(tmp_path):
-    finetuning.keep(tmp_path / "found.json", {"whole": {}, "torch": "2.6", "rows": []})
+    finetuning.keep(tmp_path / "found.json", {"whole": {}, "torch": "2.6", "rows": []}, finetuning.markdown)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.md"]

@@ -1,0 +1,25 @@
+"""Measurements kept on disk as they are made, so that a bench that is stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def keep(path: Path, kept: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
+    """Write everything, so that a run stopped in the middle of it leaves the old file or the new.
+
+    Args:
+        path: the JSON file; the page is written beside it.
+        kept: ``"rows"``, one line each, and what they have in common.
+        markdown: makes the page.
+    """
+    rows = ",\n".join(json.dumps(row) for row in kept["rows"])
+    rest = json.dumps({key: value for key, value in kept.items() if key != "rows"})
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    os.replace(fresh, path)
+    path.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
