@@ -84,6 +84,9 @@ lock: $(UV) ## resolve requirements.lock again; UPGRADE=--upgrade takes the newe
 	@$(UV) pip compile --universal --python-version 3.11 --no-emit-index-url --quiet $(UPGRADE) \
 		--annotation-style line --custom-compile-command "make lock" --constraint requirements.lock \
 		--extra bench pyproject.toml --output-file bench/requirements.lock
+	@$(UV) pip compile --universal --python-version 3.11 --no-emit-index-url --quiet $(UPGRADE) \
+		--annotation-style line --custom-compile-command "make lock" --constraint requirements.lock \
+		--extra docs pyproject.toml --output-file docs/requirements.lock
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages; run 'make test' with it before you commit it."
 
 clean: ## remove what the commands wrote: caches and out/, but not .venv
