@@ -25,8 +25,9 @@ class BNScale(GroupwiseCriterion):
     """Score a unit by ``|γ|``, the scale that a norm gives it; reduced over the norms if it passes several.
 
     After batch norm a channel has unit variance over the data, so |γ| is the deviation of what it hands on.  That says
-    nothing of what consumers do with it: the score is meant for networks trained with an L1 penalty on γ.  No data
-    needed.
+    nothing of what consumers do with it: the score is meant for networks trained with an L1 penalty on γ.
+
+    In the quadratic model this keeps no term.  Cost: none, no data are read.
 
     Args:
         fallback: for groups without a norm: ``"error"``; ``"keep"``, an infinite score, so that they go last; or a

@@ -75,7 +75,10 @@ class EigenDamage(KroneckerCriterion):
     """Score directions of the Kronecker-factored eigenbasis by ``½ W*² ⊙ Λ``, summed over rows and over columns.
 
     ``W* = Q_Sᵀ W Q_A``; Λ = λ_S λ_Aᵀ, or with ``correction="ekfac"`` the exact second moments of the samples' gradients
-    in that basis, ``E[(Q_Sᵀ G_n Q_A)²]``.  Cost: one forward and one backward pass (two with the correction), and two
+    in that basis, ``E[(Q_Sᵀ G_n Q_A)²]``.
+
+    In the quadratic model this keeps ``½ δᵀHδ`` with H taken as diagonal in that basis, for directions instead of
+    channels.  Cost: one forward and one backward pass (two with the correction), and two
     eigendecompositions per layer.
 
     Args:

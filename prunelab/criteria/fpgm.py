@@ -20,12 +20,13 @@ from prunelab.tracing.trace import DependencyGraph
 
 @dataclass
 class FPGM(GroupwiseCriterion):
-    """Score a unit by the distance of its filter w_i to the geometric median of all filters of its layer.
+    """Score a unit by ``(1/n) Σ_j ‖w_i − w_j‖``: how far its filter w_i is from the geometric median of its layer.
 
     The geometric median minimises ``f(x) = Σ_j ‖x − w_j‖``.  The paper's shortcut looks for the minimum among the
     filters themselves, so the score is ``f(w_i)/n``, the mean distance to all filters.  With ``exact=True`` the median
-    x* is found and the score is ``‖w_i − x*‖``.  Only members that produce the unit count, reduced over them; needs no
-    data.  Cost: n² distances per layer.
+    x* is found and the score is ``‖w_i − x*‖``.  Only members that produce the unit count, reduced over them.
+
+    In the quadratic model this keeps no term.  Cost: n² distances per layer; no data are read.
 
     Args:
         exact: distance to the geometric median itself, by Weiszfeld's iteration.

@@ -33,11 +33,11 @@ CURVATURES = ("ggn", "mc", "empirical", "hessian")
 class Gate(Criterion):
     """Score a unit by ``½ ∂²L/∂z_u²`` for a gate z_u = 1 that multiplies it where it is consumed.
 
-    Removing the unit is δz_u = −1, so this is the quadratic model in one number per unit, ``−∂L/∂z_u + ½ G_uu``, of
-    which the first term counts with ``linear=True``.  In the weights the same step is cubic or worse (a unit's
-    producers, norm and consumers all scale it); in the gate it is linear up to the next activation.  By default
-    ``G = E[J_nᵀ Λ_n J_n]``, the generalised Gauss-Newton matrix: J_n the derivative of one sample's outputs in all
-    gates, Λ_n the Hessian of the loss in the outputs.
+    In the quadratic model this keeps ``½ G_uu``, in one number per unit instead of its weights: removing the unit is
+    δz_u = −1 and costs ``−∂L/∂z_u + ½ G_uu``, of which the first term counts with ``linear=True``.  In the weights the
+    same step is cubic or worse (a unit's producers, norm and consumers all scale it); in the gate it is linear up to
+    the next activation.  By default ``G = E[J_nᵀ Λ_n J_n]``, the generalised Gauss-Newton matrix: J_n the derivative of
+    one sample's outputs in all gates, Λ_n the Hessian of the loss in the outputs.
 
     Cost per batch: one forward pass and, for ``"ggn"``, one backward pass per output; for ``"mc"``, ``samples``; for
     ``"empirical"``, one; for ``"hessian"``, one double backward per unit; ``linear`` one more.

@@ -30,7 +30,10 @@ from prunelab.tracing.groups import Member
 class KronOBD(KroneckerCriterion):
     """Score a channel by ``½ S_ii · w_iᵀ A w_i``, its whole block of F ≈ S ⊗ A; the other weights stay.
 
-    A unit with several rows: ``½ Σ_{i,i'} S_ii' w_iᵀ A w_i'``.  Cost: one forward and one backward pass.
+    A unit with several rows: ``½ Σ_{i,i'} S_ii' w_iᵀ A w_i'``.
+
+    In the quadratic model this keeps ``½ δᵀHδ`` with a block H ≈ S ⊗ A per layer, on producers alone.  Cost: one
+    forward and one backward pass.
 
     Args:
         quadratic_form: ``"exact"``, or ``"published"`` for what the paper's code computes in place of w_iᵀ A w_i:
@@ -61,7 +64,10 @@ class KronOBS(KroneckerCriterion):
     """Score a channel by ``½ w_iᵀ A w_i / [S⁻¹]_ii``: what is left of its cost when the other channels adapt.
 
     It is the minimum of ½ δᵀ(S ⊗ A)δ over all δ that take the channel away.  A unit with several rows R:
-    ``½ tr(([S⁻¹]_RR)⁻¹ W_R A W_Rᵀ)``.  Cost: one forward and one backward pass, and an eigendecomposition per layer.
+    ``½ tr(([S⁻¹]_RR)⁻¹ W_R A W_Rᵀ)``.
+
+    In the quadratic model this keeps ``½ δᵀHδ`` with a block H ≈ S ⊗ A per layer, at its minimum over the other weights
+    of that layer.  Cost: one forward and one backward pass, and an eigendecomposition per layer.
 
     Args:
         damping: added to S, as a share of its mean eigenvalue.
@@ -100,7 +106,8 @@ class KronOBS(KroneckerCriterion):
 class COBD(KroneckerCriterion):
     """Score a channel by ``½ Σ_j w_ij² F_ij,ij``: OBD of its weights, added up.
 
-    Cost: one forward and one backward pass with per-sample moments.
+    In the quadratic model this keeps ``½ δᵀHδ`` with a diagonal H, on producers alone.  Cost: one forward and one
+    backward pass with per-sample moments.
 
     Args:
         curvature: the diagonal of F: ``"moments"``, ``E[g_n²]`` of the samples' gradients, as in the paper; or
@@ -146,7 +153,8 @@ class COBD(KroneckerCriterion):
 class COBS(KroneckerCriterion):
     """Score a channel by ``½ Σ_j w_ij² / [F⁻¹]_ij,ij`` with ``F⁻¹ = S⁻¹ ⊗ A⁻¹``: OBS of its weights, added up.
 
-    Cost: one forward and one backward pass, and two eigendecompositions per layer.
+    In the quadratic model this keeps ``½ δᵀHδ`` with H = S ⊗ A, at its minimum for every weight of the channel by
+    itself.  Cost: one forward and one backward pass, and two eigendecompositions per layer.
 
     Args:
         damping: added to S and to A, as a share of the mean eigenvalue of each.

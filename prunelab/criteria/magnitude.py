@@ -15,7 +15,8 @@ from prunelab.tracing.trace import DependencyGraph
 class Magnitude(GroupwiseCriterion):
     """Score a unit by the size of its weights: ``Σ |w|^p`` over every member, then reduced over members.
 
-    In the quadratic model this keeps ``½ δᵀHδ`` with H a multiple of the identity (p = 2).  Needs no data.
+    In the quadratic model this keeps ``½ δᵀHδ`` with H a multiple of the identity (p = 2).  Cost: none, no data are
+    read.
 
     Args:
         p: the power of the norm, 1 or 2 as a rule.

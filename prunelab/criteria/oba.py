@@ -22,8 +22,8 @@ class OBA(GroupwiseCriterion):
     """Score a weight by ``θ_k (Hθ)_k = Σ_l θ_k H_kl θ_l``, and a unit by the sum over all its weights.
 
     This is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them went at
-    once.  (In the quadratic model the unit that goes alone interacts with itself only: that is ``quadratic``.)  For the
-    loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k ∂²f_k/∂θ²].
+    once.  For the loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k
+    ∂²f_k/∂θ²].
 
     With ``first_order`` the score is ``−θ_k g_k + ½ θ_k (Hθ)_k``: with δ = −θ, the weight's share in the quadratic
     model ``gᵀδ + ½ δᵀHδ`` of losing them all.
@@ -31,6 +31,9 @@ class OBA(GroupwiseCriterion):
     In a network of L layers without biases and norms, whose activations are positively homogeneous (ReLU), outputs are
     homogeneous in each layer's weights.  Euler's theorem then gives, in every weight, *functional part =
     (L−1) θ_k g_k*: the first-order term again, with the sign opposite to that of its δ.
+
+    In the quadratic model this keeps ``δᵀHδ`` for all units at once, shared out among them; a unit that goes alone
+    interacts with itself only, which is ``quadratic``.
 
     Cost: about three forward and backward passes over the data, whatever the depth.
 

@@ -36,6 +36,8 @@ class OBD(GroupwiseCriterion):
       per parameter; above it Hutchinson's estimate E[z ⊙ Hz] with random signs z, which is unbiased and noisy, at one
       double backward pass per probe.  It may be negative.
 
+    Cost: one forward and one backward pass with per-sample moments, for ``"empirical"`` and ``"mc"``.
+
     Args:
         fisher: one of the above.
         probes: sign vectors for ``"hessian"``.

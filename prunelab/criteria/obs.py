@@ -47,6 +47,8 @@ class OBS(KroneckerCriterion):
     charges producers alone).  Biases and norms belong to no block, and a group without layers goes last (infinity);
     with ``curvature="dense"`` every parameter counts.
 
+    In the quadratic model this keeps ``½ δᵀHδ`` at its minimum over all other weights of the block.
+
     Args:
         curvature: ``"kronecker"``, a block F ≈ S ⊗ A per layer; ``"layer"``, the block I ⊗ A, which asks for the change
             of the layer's own outputs instead of the loss; or ``"dense"``, the whole matrix, on networks of at most

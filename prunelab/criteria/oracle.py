@@ -35,8 +35,11 @@ class Oracle(Criterion):
     """Score a unit by the measured ``L(without u) − L``, L the mean loss over the batches, in eval mode.
 
     Silencing is that of ``prunelab.masked``: the unit's entries are zero in every member, and layer, group and
-    root-mean-square norms leave it out of their statistics.  Cost: one forward pass over the data for every unit, from
-    the first layer that the unit touches on; memory as for training on one batch.
+    root-mean-square norms leave it out of their statistics.
+
+    In the quadratic model nothing stands for this: it is ΔL(u) itself, which the model approximates.  Cost: one forward
+    pass over the data for every unit, from the first layer that the unit touches on; memory as for training on one
+    batch.
 
     Args:
         loss: ``loss(outputs, targets)``, a mean over samples.

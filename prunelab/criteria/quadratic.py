@@ -33,10 +33,10 @@ CURVATURES = ("hessian", "ggn")
 class Quadratic(Criterion):
     """Score a unit by ``gᵀδ + ½ δᵀHδ``, with δ = −θ on all of the unit's slices and zero elsewhere.
 
-    The quadratic model itself, in the coordinates of the weights: every other criterion in them leaves something out.
-    A unit's slices are those of all members that are parameters, weights and biases of norms included; running means
-    and variances are no parameters and stay.  (Without its scale and bias a channel of a batch norm gives zero whatever
-    they are, so silencing them would change nothing.)
+    In the quadratic model this keeps everything, in the coordinates of the weights: every other criterion in them
+    leaves something out.  A unit's slices are those of all members that are parameters, weights and biases of norms
+    included; running means and variances are no parameters and stay.  (Without its scale and bias a channel of a batch
+    norm gives zero whatever they are, so silencing them would change nothing.)
 
     All units of a group are scaled by numbers s, one each; δ is the step −1 in s_u, so that ``gᵀδ = −∂L/∂s_u`` and
     ``δᵀHδ = ∂²L/∂s_u²``.  The Gauss-Newton part takes one forward pass, and one backward pass per output, for all units
@@ -44,6 +44,9 @@ class Quadratic(Criterion):
     the layers where it is not zero: with ReLU these lie between the unit's first and last layer, else they go on to the
     end of the network.  (Where parameters are used in other ways than by layers, norms and broadcasting, or outputs are
     more than units, the Gauss-Newton part goes through its units too.)
+
+    Cost: one forward pass and one backward pass per output, and with ``"hessian"`` a forward and a backward pass per
+    unit through the layers between its first and last.
 
     Args:
         curvature: ``"hessian"``, exact, or ``"ggn"``, its Gauss-Newton part, which is never negative.
