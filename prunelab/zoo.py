@@ -180,6 +180,14 @@ def resnet32(num_classes: int = 10) -> ResNet:
     return ResNet(32, num_classes)
 
 
+def resnet32_wide(num_classes: int = 10) -> ResNet:
+    """ResNet-32 with four times the channels, 64, 128 and 256, as pruned in the EigenDamage paper: 7.4 M parameters.
+
+    Source: ``models/resnet.py`` of alecwangcq/EigenDamage-Pytorch.
+    """
+    return ResNet(32, num_classes, width=64)
+
+
 def vgg13_narrow(num_classes: int = 10) -> VGG:
     """VGG-13 at a quarter to a half of its width: 0.76 M parameters."""
     return VGG(VGG13_NARROW, num_classes)
@@ -198,6 +206,7 @@ def vit_small(num_classes: int = 10) -> VisionTransformer:
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
+    "resnet32_wide": resnet32_wide,
     "vgg13_narrow": vgg13_narrow,
     "vgg19": vgg19,
     "vit_small": vit_small,

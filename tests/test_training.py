@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -62,6 +64,38 @@ def test_a_damaged_state_is_an_error(mini, tmp_path):
         fit(tiny(), mini.train.subset(50), RECIPE, state=tmp_path / "state", progress=False)
 
 
+def test_the_learning_rate_falls_as_the_papers_say():
+    """A tenth from half of the training on, a hundredth from three quarters on, and no warm-up."""
+    recipe = Recipe(epochs=8, lr=0.1, weight_decay=0.0, optimizer="momentum", decay="steps")
+    optimizer = recipe.make_optimizer(tiny())
+    schedule, seen = recipe.make_schedule(optimizer, steps=8), []
+    for _ in range(8):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert not optimizer.param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": "linear"}, "no decay 'linear'; there are cycle, steps"),
+        ({"optimizer": "adam"}, "no optimizer 'adam'; there are sgd, momentum, adamw"),
+        ({"milestones": (0.5, 0.5)}, "no rising shares between 0 and 1"),
+        ({"milestones": (0.5, 1.0)}, "no rising shares between 0 and 1"),
+    ],
+)
+def test_a_recipe_out_of_range_is_an_error(options, message):
+    with pytest.raises(pl.BudgetError, match=message):
+        Recipe(1, lr=0.1, weight_decay=0.0, **options)
+
+
+def test_an_unknown_precision_is_an_error(mini):
+    with pytest.raises(pl.BudgetError, match="no precision 'half'; there are float32, mixed"):
+        fit(tiny(), mini.train.subset(50), RECIPE, progress=False, precision="half")
+
+
 def test_evaluation_counts_samples_not_batches(mini):
     model, images = tiny().eval(), mini.test.subset(100)
     one = evaluate(model, pl.data.loader(images, 100))
@@ -73,12 +107,22 @@ def test_evaluation_counts_samples_not_batches(mini):
 
 def test_a_checkpoint_is_written_with_its_log(mini, tmp_path, monkeypatch):
     monkeypatch.setitem(pl.zoo.MODELS, "tiny", lambda num_classes: tiny())
-    monkeypatch.setattr(pl.data, "cifar10", lambda _: pl.data.TrainTest(mini.train.subset(200), mini.test.subset(100)))
+    monkeypatch.setattr(pl.data, "get", lambda _: pl.data.TrainTest(mini.train.subset(200), mini.test.subset(100)))
     report = train_checkpoint("tiny", "mini", tmp_path, tmp_path / "state", RECIPE, seed=0)
     assert json.loads((tmp_path / "tiny.json").read_text()) == report and len(report["log"]) == 3
     monkeypatch.setattr(pl.zoo, "checkpoint", lambda name: tmp_path / f"{name}.safetensors")
     found = evaluate(pl.zoo.load("tiny"), pl.data.loader(mini.test.subset(100), 100))
     assert found["accuracy"] == report["accuracy"]["mini test set"]
+
+
+def test_a_checkpoint_of_other_images_has_their_classes_and_their_name(mini, tmp_path, monkeypatch):
+    images = mini.train.subset(100)
+    images.spec = replace(images.spec, classes=("a",) * 12)
+    monkeypatch.setitem(pl.zoo.MODELS, "tiny", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)))
+    monkeypatch.setattr(pl.data, "get", lambda _: pl.data.TrainTest(images, images))
+    report = train_checkpoint("tiny", "twelve", tmp_path, tmp_path / "state", RECIPE, seed=0)
+    assert list(report["accuracy"]) == ["100 test images"] and (tmp_path / "tiny-twelve.json").is_file()
+    assert load_file(tmp_path / "tiny-twelve.safetensors")["1.bias"].shape == (12,)
 
 
 # ── distillation and mixed precision ──────────────────────────────────────────────────────────────────────────────
