@@ -24,8 +24,8 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 class BNScale(GroupwiseCriterion):
     """Score a unit by ``|γ|``, the scale that a norm gives it; reduced over the norms if it passes several.
 
-    After batch norm a channel has unit variance over the data, so |γ| is the deviation of what it hands on.  That says
-    nothing of what consumers do with it: the score is meant for networks trained with an L1 penalty on γ.
+    After batch norm a channel has unit variance over the data, so ``|γ|`` is the deviation of what it hands on.  That
+    says nothing of what consumers do with it: the score is meant for networks trained with an L1 penalty on γ.
 
     In the quadratic model this keeps no term.  Cost: none, no data are read.
 
@@ -35,7 +35,7 @@ class BNScale(GroupwiseCriterion):
         group_reduction: see ``GroupwiseCriterion``, as all other options.  With ``target_types`` only norms of these
             types count (Liu et al. mean ``[nn.BatchNorm2d]``); by default batch, group, layer, instance and RMS norms
             do.
-        normalizer: ``"none"`` by default: one threshold on |γ| for the whole network, as in the paper.
+        normalizer: ``"none"`` by default: one threshold on ``|γ|`` for the whole network, as in the paper.
 
     Raises:
         BudgetError: ``fallback`` is none of these.

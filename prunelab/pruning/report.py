@@ -34,7 +34,7 @@ class Report:
 
     @property
     def steps(self) -> tuple[Report, ...]:
-        """One report per step: its rows, and its plan."""
+        """One report per step, with its rows and its plan."""
         return tuple(
             Report([row for row in self.rows if row["step"] == step], [plan]) for step, plan in enumerate(self.plans, 1)
         )
