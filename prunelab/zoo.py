@@ -1,170 +1,48 @@
-"""CIFAR-size networks, written as their papers draw them, with trained checkpoints.
+"""Networks by name: those of the zoo, with trained checkpoints, and those of torchvision, timm or your own code.
 
-Flows in: a name.  Flows out: a ``torch.nn.Module``, with ``load`` trained on CIFAR-10.
+Flows in: a name.  Flows out: a ``torch.nn.Module``, with ``load`` trained.
 Every notebook uses these networks; ``python -m prunelab.training NAME`` trains the checkpoints again.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from prunelab import data
 from prunelab.cost import count
 from prunelab.errors import DataError
+from prunelab.networks import VGG, Attention, BasicBlock, EncoderBlock, ResNet, VisionTransformer
 
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    """The CIFAR ResNet of depth 6n+2: three stages of n blocks with 16, 32 and 64 channels.
-
-    Input ``[B, 3, 32, 32]``, output logits ``[B, num_classes]``.
-
-    Source: He et al. 2016, *Deep Residual Learning*, section 4.2, with projection shortcuts (option B).
-    """
-
-    def __init__(self, depth: int, num_classes: int = 10, width: int = 16) -> None:
-        super().__init__()
-        if (depth - 2) % 6:
-            raise ValueError(f"a CIFAR ResNet has depth 6n+2 (20, 32, 44, …), not {depth}")
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = self._stage(width, width, blocks, stride=1)
-        self.layer2 = self._stage(width, 2 * width, blocks, stride=2)
-        self.layer3 = self._stage(2 * width, 4 * width, blocks, stride=2)
-        self.fc = nn.Linear(4 * width, num_classes)
-
-    @staticmethod
-    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class VGG(nn.Module):
-    """3×3 convolutions with batch norm, max pooling between stages, one linear classifier.
-
-    ``config`` lists output channels, and ``"M"`` for a 2×2 max pooling.
-    Input ``[B, 3, 32, 32]``, output logits ``[B, num_classes]``.
-
-    Source: Simonyan & Zisserman 2015, table 1; the CIFAR variant with one linear layer is that of Wang et al. 2019.
-    """
-
-    def __init__(self, config: tuple[int | str, ...], num_classes: int = 10) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for item in config:
-            if isinstance(item, str):
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [nn.Conv2d(channels, item, 3, padding=1, bias=False), nn.BatchNorm2d(item), nn.ReLU()]
-                channels = item
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
-        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm Transformer block: ``x + attention(norm1(x))``, then ``x + mlp(norm2(x))``."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class VisionTransformer(nn.Module):
-    """A small Vision Transformer: convolutional stem, position embedding, encoder blocks, mean over tokens, linear.
-
-    Two strided convolutions make the patches, which lets it learn from CIFAR-10 alone in a few epochs.
-    Input ``[B, 3, image_size, image_size]``, output logits ``[B, num_classes]``.
-
-    Source: Dosovitskiy et al. 2021; the stem of Xiao et al. 2021, *Early Convolutions Help Transformers See Better*;
-    mean pooling instead of a class token as in Beyer et al. 2022, *Better plain ViT baselines for ImageNet-1k*.
-    """
-
-    def __init__(
-        self,
-        image_size: int = 32,
-        width: int = 96,
-        depth: int = 6,
-        heads: int = 4,
-        mlp_width: int = 192,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            *(nn.Conv2d(3, width // 4, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width // 4), nn.ReLU()),
-            *(nn.Conv2d(width // 4, width // 2, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU()),
-            nn.Conv2d(width // 2, width, 1),
-        )
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image_size // 4) ** 2, width))
-        self.blocks = nn.Sequential(*(EncoderBlock(width, heads, mlp_width) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).flatten(2).transpose(1, 2) + self.pos_embed
-        return self.head(self.norm(self.blocks(x)).mean(1))
-
+__all__ = [
+    "MODELS",
+    "VGG",
+    "Attention",
+    "BasicBlock",
+    "EncoderBlock",
+    "ResNet",
+    "VisionTransformer",
+    "build",
+    "checkpoint",
+    "load",
+    "resnet20",
+    "resnet32",
+    "resnet32_wide",
+    "table",
+    "vgg13_narrow",
+    "vgg19",
+    "vit_small",
+]
 
 VGG13_NARROW = (32, 32, "M", 64, 64, "M", 96, 96, "M", 128, 128, "M", 128, 128)
 VGG19 = (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4)
@@ -211,16 +89,36 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "vgg19": vgg19,
     "vit_small": vit_small,
 }
+CLASSES_OF_IMAGENET = 1000
 
 
 def build(name: str, num_classes: int = 10) -> nn.Module:
     """Return the network of that name, untrained.
 
+    Args:
+        name: of the zoo (``"resnet20"``), of torchvision (``"torchvision:resnet50"``), of timm (``"timm:NAME"``), or
+            of a function of yours (``"package.module:function"``), which is called with ``num_classes=`` if it
+            takes that.
+        num_classes: number of outputs.
+
     Raises:
-        DataError: there is no such network; the message lists the names.
+        DataError: there is no such network; the message lists the names, or says what is missing.
+
+    >>> build("torchvision:resnet18", num_classes=3).fc.out_features
+    3
     """
+    source, _, rest = name.rpartition(":")
+    if source == "torchvision":
+        return _torchvision(rest.partition("@")[0], num_classes=num_classes)
+    if source == "timm":
+        return _timm(rest, pretrained=False, num_classes=num_classes)
+    if source:
+        return _own(source, rest, num_classes)
     if name not in MODELS:
-        raise DataError(f"The zoo has no network {name!r}; it has {', '.join(MODELS)}.")
+        raise DataError(
+            f"The zoo has no network {name!r}; it has {', '.join(MODELS)}. Others are named by where they come from: "
+            "torchvision:resnet50, timm:NAME or package.module:function."
+        )
     return MODELS[name](num_classes)
 
 
@@ -229,30 +127,117 @@ def checkpoint(name: str) -> Path:
     return data.root() / "checkpoints" / f"{name}.safetensors"
 
 
-def load(name: str) -> nn.Module:
-    """Return the network of that name, trained on CIFAR-10, in eval mode on the CPU.
+def load(name: str, checkpoint: str | Path | None = None, num_classes: int = 10) -> nn.Module:
+    """Return the network of that name, trained, in eval mode on the CPU.
+
+    Args:
+        name: as ``build`` takes it.  ``torchvision:NAME@WEIGHTS`` takes these weights of torchvision's, for example
+            ``torchvision:resnet50@IMAGENET1K_V1``.
+        checkpoint: a file of weights, as ``python -m prunelab.training`` writes it, here or in ``checkpoints`` of
+            ``$PRUNELAB_DATASETS`` (or ``~/.cache/prunelab``).  By default the zoo's own, trained on CIFAR-10; the
+            weights that torchvision or timm publish, downloaded once; or a function's network as it comes.
+        num_classes: number of outputs.
 
     Raises:
-        DataError: there is no such network or checkpoint, or the file is damaged.
+        DataError: there is no such network or checkpoint, or the file is damaged or of another network.
     """
-    model = build(name)
+    if checkpoint:
+        path = Path(checkpoint)
+        path = path if path.is_file() else data.store() / "checkpoints" / path
+        if not path.is_file():
+            raise DataError(
+                f"There is no checkpoint {checkpoint}, neither here nor in {path.parent}; a network of the zoo is "
+                f"trained with `python -m prunelab.training {name} --data DATA --out {path}`."
+            )
+        return _filled(build(name, num_classes), path, "is it of this network and number of classes?")
+    source, _, rest = name.rpartition(":")
+    if source == "torchvision":
+        name, _, weights = rest.partition("@")
+        _whole_head(name, CLASSES_OF_IMAGENET, num_classes)
+        return _torchvision(name, weights=weights or "DEFAULT").eval()
+    if source == "timm":
+        model = _timm(rest, pretrained=True)
+        _whole_head(rest, int(getattr(model, "num_classes", num_classes)), num_classes)
+        return model.eval()
+    if source:
+        return _own(source, rest, num_classes).eval()
+    return _of_zoo(name, num_classes)
+
+
+def _of_zoo(name: str, num_classes: int) -> nn.Module:
+    model = build(name, num_classes)
     path = checkpoint(name)
+    _whole_head(name, len(data.CLASSES), num_classes)
     if not path.is_file():
         have = ", ".join(sorted(file.stem for file in path.parent.glob("*.safetensors"))) or "none"
         raise DataError(
-            f"{path} is missing (there: {have}); train it with `python -m prunelab.training {name}`, "
-            f"or take the untrained network, zoo.build({name!r})."
+            f"{path} is missing (there: {have}); train it with `python -m prunelab.training {name}` and name the file "
+            f"(checkpoint=…), or take the untrained network, zoo.build({name!r})."
         )
+    return _filled(model, path, "restore it from the repository.")
+
+
+def _filled(model: nn.Module, path: Path, advice: str) -> nn.Module:
+    """Return ``model`` with the weights of a file, as float32, in eval mode."""
     try:
         state = load_file(path)
         model.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         )
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise DataError(
-            f"{path} is damaged or of another network ({error}); restore it from the repository."
-        ) from error
+        why = textwrap.shorten(str(error), 300)  # PyTorch lists every tensor, a line for each
+        raise DataError(f"{path} is damaged or of another network ({why}); {advice}") from error
     return model.eval()
+
+
+def _whole_head(name: str, there: int, wanted: int) -> None:
+    if there != wanted:
+        raise DataError(
+            f"The trained {name} knows {there} classes, not {wanted}: train it on your data "
+            f"(networks of the zoo: `python -m prunelab.training {name} --data DATA`) and name the file, checkpoint=…"
+        )
+
+
+def _torchvision(name: str, weights: str | None = None, **options: int) -> nn.Module:
+    try:
+        return torchvision.models.get_model(name, weights=weights, **options)
+    except (ValueError, KeyError) as error:
+        known = name in torchvision.models.list_models()
+        if not known:
+            advice = "torchvision.models.list_models() lists them."
+        else:
+            advice = f"It has {', '.join(one.name for one in torchvision.models.get_model_weights(name))}."
+        what = f"weights {weights!r} of {name}" if known else f"network {name!r}"
+        raise DataError(f"torchvision has no {what} ({error}). {advice}") from error
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise DataError(
+            f"The weights of {name} cannot be downloaded ({error}): fetch them by hand into {folder}."
+        ) from error
+
+
+def _timm(name: str, **options: bool | int) -> nn.Module:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise DataError(f"timm:{name} needs timm, which is not installed: pip install timm.") from error
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(f"timm cannot make {name!r} ({error}); timm.list_models() lists its networks.") from error
+
+
+def _own(module: str, function: str, num_classes: int) -> nn.Module:
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"{module}:{function} cannot be found ({error}); it means `from {module} import {function}`."
+        ) from error
+    model = make(num_classes=num_classes) if "num_classes" in inspect.signature(make).parameters else make()
+    if not isinstance(model, nn.Module):
+        raise DataError(f"{module}:{function} returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
 def table() -> str:
