@@ -77,18 +77,38 @@ def test_the_learning_rate_falls_as_the_papers_say():
     assert not optimizer.param_groups[0]["nesterov"]
 
 
+def test_a_part_of_an_epoch_is_a_part_of_its_steps(mini):
+    """Half an epoch of 6 steps sees 3 of them, and the learning rate has gone its whole way."""
+    images, seen = mini.train.subset(300), []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, x):
+            seen.append(len(x))
+            return self.inner(x)
+
+    for epochs, wanted in ((0.5, [50] * 3), (1.5, [50] * 9), (0.01, [50]), (2, [50] * 12)):
+        seen.clear()
+        log = fit(Counted(), images, replace(RECIPE, epochs=epochs), progress=False)
+        assert seen == wanted and len(log) == -(-len(wanted) // 6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"decay": "linear"}, "no decay 'linear'; there are cycle, steps"),
         ({"optimizer": "adam"}, "no optimizer 'adam'; there are sgd, momentum, adamw"),
         ({"milestones": (0.5, 0.5)}, "no rising shares between 0 and 1"),
+        ({"epochs": 0}, "epochs=0 is no number above 0"),
         ({"milestones": (0.5, 1.0)}, "no rising shares between 0 and 1"),
     ],
 )
 def test_a_recipe_out_of_range_is_an_error(options, message):
     with pytest.raises(pl.BudgetError, match=message):
-        Recipe(1, lr=0.1, weight_decay=0.0, **options)
+        Recipe(**({"epochs": 1, "lr": 0.1, "weight_decay": 0.0} | options))
 
 
 def test_an_unknown_precision_is_an_error(mini):

@@ -5,9 +5,11 @@ Flows in: a model and a set of images.  Flows out: the same model, trained, and 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +97,23 @@ def fit(
     device = next(model.parameters()).device
     images = images.augmented()
     optimizer = recipe.make_optimizer(model)
-    steps = recipe.epochs * -(-len(images) // recipe.batch_size)
+    per_epoch = math.ceil(len(images) / recipe.batch_size)
+    steps = max(1, round(recipe.epochs * per_epoch))
+    epochs = math.ceil(steps / per_epoch)
     schedule = recipe.make_schedule(optimizer, steps)
     log: list[dict[str, float]] = []
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if state is not None and state.is_file():
         log = _resume(state, parts, device)
     model.to(memory_format=torch.channels_last)  # about a third faster on CPUs and GPUs, same numbers to rounding
-    bar = tqdm(total=steps, initial=steps * len(log) // recipe.epochs, unit="step", disable=not progress)
-    for epoch in range(len(log), recipe.epochs):
+    bar = tqdm(total=steps, initial=min(steps, per_epoch * len(log)), unit="step", disable=not progress)
+    for epoch in range(len(log), epochs):
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 10_000 + epoch)
             batches = data.loader(images, recipe.batch_size, shuffle=True, seed=seed * 10_000 + epoch)
-            loss = _train_epoch(model, batches, optimizer, schedule, distill, bar, precision)
+            left = islice(batches, steps - epoch * per_epoch)  # the last pass may be a part
+            loss = _train_epoch(model, left, optimizer, schedule, distill, bar, precision)
         model.eval()
         row = {"epoch": epoch + 1, "loss": loss, "seconds": round(time.perf_counter() - start, 2)}
         log.append(row | (after_epoch(epoch + 1) if after_epoch else {}))

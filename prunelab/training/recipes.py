@@ -23,7 +23,7 @@ class Recipe:
     """How a network is trained: cross-entropy, crops and mirrors, and a learning rate that falls.
 
     Args:
-        epochs: passes over the images.
+        epochs: passes over the images; of the last one only a part if this is no whole number.
         lr: the highest learning rate.
         weight_decay: of every parameter.
         optimizer: ``"sgd"`` (Nesterov momentum 0.9), ``"momentum"`` (0.9, without Nesterov) or ``"adamw"``.
@@ -34,10 +34,11 @@ class Recipe:
         milestones: shares of the training after which the learning rate is divided by ten.
 
     Raises:
-        BudgetError: there is no such optimizer or decay, or the milestones are no rising shares.
+        BudgetError: there is no such optimizer or decay, the epochs are not above 0, or the milestones are no rising
+            shares.
     """
 
-    epochs: int
+    epochs: float
     lr: float
     weight_decay: float
     optimizer: str = "sgd"
@@ -50,6 +51,8 @@ class Recipe:
         for name, known in (("optimizer", OPTIMIZERS), ("decay", DECAYS)):
             if getattr(self, name) not in known:
                 raise BudgetError(f"There is no {name} {getattr(self, name)!r}; there are {', '.join(known)}.")
+        if not 0 < self.epochs < float("inf"):
+            raise BudgetError(f"epochs={self.epochs!r} is no number above 0.")
         ends = (0.0, *self.milestones, 1.0)
         if any(early >= late for early, late in pairwise(ends)):
             raise BudgetError(f"milestones={self.milestones!r} are no rising shares between 0 and 1.")
