@@ -44,7 +44,8 @@ class LayerCall:
         kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
         input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
         output: what it gave; ``None`` as long as the call has not run.
-        stride, padding, dilation, output_padding: one number per spatial dimension; empty for ``"linear"``.
+        stride: one number per spatial dimension; empty for ``"linear"``.
+        padding: the same, as are ``dilation`` and ``output_padding``.
         groups: of the convolution.
         bias_rows: which entries of the bias were used.
         plain: of a norm (see ``AffineTaps``), the norm without weight and bias; for an embedding, its options.
