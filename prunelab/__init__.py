@@ -24,6 +24,7 @@ from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
 from prunelab.surgery.silence import masked
+from prunelab.sweeping.sweep import sweep
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -63,6 +64,7 @@ __all__ = [
     "regularizers",
     "save",
     "sparsify",
+    "sweep",
     "trace",
     "zoo",
 ]

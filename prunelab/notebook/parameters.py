@@ -61,8 +61,8 @@ def validate(given: Mapping[str, Any], **expected: Expected) -> dict[str, Any]:
     for name, kind in expected.items():
         if name not in given:
             problems.append(f"Parameter `{name}` is missing.")
-        elif not _fits(given[name], kind):
-            problems.append(f"Parameter `{name}` is {given[name]!r}, but should be {_in_words(kind)}.")
+        elif not fits(given[name], kind):
+            problems.append(f"Parameter `{name}` is {given[name]!r}, but should be {in_words(kind)}.")
     if problems:
         raise PruneLabError("\n".join(problems))
     return {name: given[name] for name in expected}
@@ -89,13 +89,15 @@ def _injected(history: list[str]) -> list[str]:
     return []
 
 
-def _fits(value: Any, kind: Expected) -> bool:
+def fits(value: Any, kind: Expected) -> bool:
+    """Return whether a value is of the kind that is expected."""
     if isinstance(kind, type):  # a bool is an int to Python, but not to a reader; an int will do as a float
         return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     return value in kind
 
 
-def _in_words(kind: Expected) -> str:
+def in_words(kind: Expected) -> str:
+    """Return what is expected, as the end of a sentence."""
     if isinstance(kind, type):
         names = {float: "a number", int: "a whole number", str: "text in quotes", bool: "True or False"}
         return names.get(kind, kind.__name__)
