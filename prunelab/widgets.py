@@ -60,7 +60,7 @@ class Explorer(ipywidgets.VBox):
         """Draw the figure for the controls as they stand, then publish the caption."""
         self._waiting = None
         figure, caption = self._draw(**{name: control.value for name, control in self.controls.items()})
-        self.image.value = png(figure)
+        self.image.value = png(figure, quick=True)
         self.caption.value = caption
 
     def _moved(self, change: object = None) -> None:

@@ -86,9 +86,9 @@ def test_the_view_of_a_group_marks_where_its_unit_is(small):
     (group,) = graph.groups
     network, members = figures.group_view(graph, group, 2).axes
     assert [text.get_text() for text in network.texts if text.get_gid() == "number"] == ["1"]
-    blue = [c for c in members.collections if to_hex(c.get_facecolor()[0]).upper() == BLUE]
-    assert len(blue) == len(group.members)
-    low, high = blue[0].get_paths()[0].get_extents().intervalx
+    (blue,) = (c for c in members.collections if to_hex(c.get_facecolor()[0]).upper() == BLUE)
+    assert len(blue.get_paths()) == len(group.members)
+    low, high = blue.get_paths()[0].get_extents().intervalx
     assert (low, high) == pytest.approx((2 / 8, 3 / 8))
     assert members.get_title(loc="left") == f"unit 2 of 8, in its {len(group.members)} members"
 

@@ -7,15 +7,16 @@ Notebook 01_tracing shows it.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.path import Path
 from torch import Tensor
 
 from prunelab.errors import PlanError
@@ -88,11 +89,8 @@ def draw_into(
     axes.set_axis_off()
     axes.set_xlim(-0.8, (max(node.lane for node in nodes) + 1) * LANE)
     axes.set_ylim(-(max(node.row for node in nodes) + 1) * STEP + 0.2, 0.8)
-    for node in nodes:
-        for source in node.sources:
-            _line(axes, source, node, colours)
-    for node in nodes:
-        _box(axes, node, colours, numbers)
+    _lines(axes, nodes, colours)
+    _boxes(axes, nodes, colours, numbers)
     title = f"{type(graph.model).__name__}\none colour and number per group, grey is frozen"
     axes.set_title(title, fontsize=11, loc="left")
 
@@ -203,20 +201,25 @@ def _centre(node: Node) -> tuple[float, float]:
     return node.lane * LANE, -node.row * STEP
 
 
-def _box(axes: Axes, node: Node, colours: Mapping[str, str], numbers: Mapping[str, str]) -> None:
-    x, y = _centre(node)
-    left = x - WIDTH / 2
-    for share, group in node.parts:
-        colour = _colour(group, colours)
-        axes.add_patch(Rectangle((left, y - HEIGHT / 2), share * WIDTH, HEIGHT, color=colour, lw=0, zorder=3))
-        if group is not None and share > 0.25:
-            middle = left + share * WIDTH / 2
-            ink = "white" if _luminance(colour) < 0.45 else INK
-            number = numbers[group.name]
-            axes.text(middle, y, number, fontsize=9, color=ink, ha="center", va="center", zorder=4, gid="number")
-        left += share * WIDTH
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # lines that pass do not cross words
-    axes.text(x + WIDTH / 2 + 0.06, y, node.label, fontsize=10, va="center", color=INK, zorder=4, bbox=behind)
+def _boxes(axes: Axes, nodes: Sequence[Node], colours: Mapping[str, str], numbers: Mapping[str, str]) -> None:
+    corners, fills = [], []
+    behind = None  # where lines run side by side they may pass words, and do not cross them
+    if any(node.lane for node in nodes):
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    for node in nodes:
+        x, y = _centre(node)
+        left, low, high = x - WIDTH / 2, y - HEIGHT / 2, y + HEIGHT / 2
+        for share, group in node.parts:
+            right = left + share * WIDTH
+            corners.append([(left, low), (right, low), (right, high), (left, high)])
+            fills.append(_colour(group, colours))
+            if group is not None and share > 0.25:
+                ink, middle = "white" if _luminance(fills[-1]) < 0.45 else INK, (left + right) / 2
+                number = numbers[group.name]
+                axes.text(middle, y, number, fontsize=9, color=ink, ha="center", va="center", zorder=4, gid="number")
+            left = right
+        axes.text(x + WIDTH / 2 + 0.06, y, node.label, fontsize=10, va="center", color=INK, zorder=4, bbox=behind)
+    axes.add_collection(PolyCollection(corners, facecolors=fills, linewidths=0, zorder=3), autolim=False)
 
 
 def _luminance(colour: str) -> float:
@@ -224,19 +227,26 @@ def _luminance(colour: str) -> float:
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 
-def _line(axes: Axes, source: Node, node: Node, colours: Mapping[str, str]) -> None:
-    (x0, y0), (x1, y1) = _centre(source), _centre(node)
-    largest = max(source.parts, key=lambda part: part[0])[1]
-    skips = node.row - source.row > 1 or source.lane != node.lane
-    bend = -0.45 / max(1.0, (node.row - source.row) ** 0.7) if skips and source.lane == node.lane else 0.0
-    axes.add_patch(
-        FancyArrowPatch(
-            (x0 - (WIDTH / 2 if bend else 0), y0 - (0 if bend else HEIGHT / 2)),
-            (x1 - (WIDTH / 2 if bend else 0), y1 + (0 if bend else HEIGHT / 2)),
-            connectionstyle=f"arc3,rad={-bend}",
-            arrowstyle="-",
-            color=_colour(largest, colours),
-            lw=1.6,
-            zorder=2,
-        )
+def _lines(axes: Axes, nodes: Sequence[Node], colours: Mapping[str, str]) -> None:
+    ends = [(source, node) for node in nodes for source in node.sources]
+    largest = [max(source.parts, key=lambda part: part[0])[1] for source, _ in ends]
+    lines = PathCollection(
+        [_path(source, node) for source, node in ends],
+        facecolors="none",
+        edgecolors=[_colour(group, colours) for group in largest],
+        linewidths=1.6,
+        zorder=2,
     )
+    lines.set_transform(axes.transData)
+    axes.add_collection(lines, autolim=False)
+
+
+def _path(source: Node, node: Node) -> Path:
+    """A straight line from box to box; around those between, where it passes some of its own lane."""
+    (x0, y0), (x1, y1) = _centre(source), _centre(node)
+    rows = node.row - source.row
+    if rows < 2 or source.lane != node.lane:
+        return Path([(x0, y0 - HEIGHT / 2), (x1, y1 + HEIGHT / 2)])
+    side = x0 - WIDTH / 2
+    around = (side - 0.09 * rows**0.3, (y0 + y1) / 2)
+    return Path([(side, y0), around, (side, y1)], [Path.MOVETO, Path.CURVE3, Path.CURVE3])
