@@ -37,12 +37,15 @@ def covered(
     >>> covered(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), ["1"])
     {'1.weight': '1', '1.bias': '1'}
     """
+    items = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+    if not items:
+        return {}
     modules = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in named_tensors(model)}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     found: dict[str, str] = {}
-    for item in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+    for item in items:
         name = modules.get(id(item)) if isinstance(item, nn.Module) else item
         if name is None:
             raise error(f"ignore holds a {type(item).__name__} that is not part of the model {type(model).__name__}.")

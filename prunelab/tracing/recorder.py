@@ -11,10 +11,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
 from prunelab.tracing.axes import Axis, freeze, leaf, unify
+from prunelab.tracing.shortcut import Shortcut
 
 
 class Dim(NamedTuple):
@@ -137,10 +139,12 @@ class Recorder(TorchDispatchMode):
     Args:
         model: a copy on fake tensors; gets hooks that tell which module runs.
         rule: gives the dimensions of every output of a call.
+        shortcut: answers in PyTorch's place what a call returns, where it knows that.
 
     Attributes:
         tape: every operator call, in order.
         parameters: name -> dimensions of every parameter and buffer.
+        learned: names of the parameters alone.
         visited: name -> order of first use.
         marks: ``((parameter, dim), role, axis)``: what an operator uses a dimension of a parameter for.
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
@@ -149,9 +153,9 @@ class Recorder(TorchDispatchMode):
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
-    def __init__(self, model: nn.Module, rule: Callable[[Call], list[Dims]]) -> None:
+    def __init__(self, model: nn.Module, rule: Callable[[Call], list[Dims]], shortcut: Shortcut) -> None:
         super().__init__()
-        self.model, self.rule = model, rule
+        self.model, self.rule, self.shortcut = model, rule, shortcut
         self.tape: list[Op] = []
         self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
         self.sizes: list[tuple[str, str, Axis]] = []
@@ -163,11 +167,14 @@ class Recorder(TorchDispatchMode):
         self._keep: list[Tensor] = []
         self._stack: list[str] = []
         self.parameters: dict[str, Dims] = {}
+        self.learned: list[str] = []
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(model):
             why = None if tensor.is_floating_point() or tensor.is_complex() else "it holds numbers, not weights"
             self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
             self._names[id(tensor)] = name
+            if isinstance(tensor, nn.Parameter):
+                self.learned.append(name)
             self.know(tensor, self.parameters[name])
         self._watch_modules()
 
@@ -200,16 +207,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        try:
-            out = func(*args, **kwargs)
-        except Exception as error:
-            raise TraceError(
-                f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
-                f"failed on tensors without data: {first_line(error)}"
-            ) from error
-        if func.namespace == "prim":
-            return out  # where a tensor lies: nothing is computed
-        call = Call(self, func, args, kwargs, out)
+        if func.namespace == "prim":  # where a tensor lies: nothing is computed
+            return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
+        call = Call(self, func, args, kwargs, self._run(func, args, kwargs))
+        out = call.out
         if not call.outputs:
             return out
         for tensor in call.tensors:
@@ -220,6 +221,22 @@ class Recorder(TorchDispatchMode):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
+        return out
+
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call an operator on tensors without data."""
+        key = self.shortcut.describe(func, args, kwargs)
+        out = None if key is None else self.shortcut.recall(key, args)
+        if out is None:
+            try:
+                out = func(*args, **kwargs)
+            except Exception as error:
+                raise TraceError(
+                    f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
+                    f"failed on tensors without data: {first_line(error)}"
+                ) from error
+            if key is not None:
+                self.shortcut.remember(key, func, args, kwargs, out)
         return out
 
 

@@ -7,9 +7,11 @@ Notebook 01_tracing derives it.
 
 from __future__ import annotations
 
+import gc
 import html
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of,
 from prunelab.tracing.named import covered
 from prunelab.tracing.recorder import Dim, Op, Recorder, first_line
 from prunelab.tracing.rules import apply_rule
+from prunelab.tracing.shortcut import Shortcut
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,15 +168,32 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
-    sparse = next((name for name, _ in model.named_buffers() if name.endswith(".mask") and "parametriz" in name), None)
-    if sparse is not None:
-        module = sparse.partition(".parametrizations.")[0]
-        raise TraceError(f"`{module}` has a mask on its weights: write the zeros into them first, with pl.bake(model).")
+    with _uncollected():
+        return _trace(model, example_inputs, ignore)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector: a trace makes tens of thousands of objects, all of which are needed to its end."""
+    held = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if held:
+            gc.enable()
+
+
+def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str | nn.Module]) -> DependencyGraph:
     reasons = {key: f"`{name}` is ignored, as asked" for key, name in covered(model, ignore, error=TraceError).items()}
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
-    recorder = Recorder(copy, apply_rule)
+    recorder = Recorder(copy, apply_rule, Shortcut(mode))
+    sparse = next((name for name in recorder.parameters if name.endswith(".mask") and "parametriz" in name), None)
+    if sparse is not None:
+        module = sparse.partition(".parametrizations.")[0]
+        raise TraceError(f"`{module}` has a mask on its weights: write the zeros into them first, with pl.bake(model).")
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
@@ -181,7 +201,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
     if not results:
         raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
-    if any(name not in recorder.visited for name, _ in model.named_parameters()):
+    if any(name not in recorder.visited for name in recorder.learned):
         results += _run_in_training(copy, args, kwargs, mode, recorder)
     for tensor in results:
         for dim in recorder.dims(tensor):
