@@ -11,6 +11,7 @@ UV := .uv/bin/uv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.prunelab-ready
 BENCH := $(VENV)/.prunelab-bench
+DOCS := $(VENV)/.prunelab-docs
 BESIDE := --numprocesses $(JOBS) --dist loadfile
 
 # Notebooks run on the kernel of .venv, whatever else is installed for this user.
@@ -27,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench-trace format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench-trace docs format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +74,16 @@ zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; write
 bench-trace: $(BENCH) ## time tracing beside Torch-Pruning, over torchvision's classifiers; writes bench/tracing.md
 	@$(RUN) -m bench.tracing --times --out bench/tracing.md
 
+docs: $(DOCS) ## build the site from notebooks, pages and docstrings into out/site, and check its links
+	@$(RUN) -m sphinx --quiet --nitpicky --fail-on-warning --fresh-env --builder html \
+		--doctree-dir $(OUT)/site-doctrees docs $(OUT)/site
+	@$(RUN) docs/sitetools/links.py $(OUT)/site
+	@if $(RUN) docs/sitetools/links.py --online $(OUT)/site; then \
+		$(RUN) -m sphinx --quiet --builder linkcheck --doctree-dir $(OUT)/site-doctrees docs $(OUT)/site-links && \
+		echo "links to other sites: all answer"; \
+	else echo "links to other sites: not checked (no network)"; fi
+	@echo "Ready: $(OUT)/site/index.html"
+
 format: setup ## put code and notebooks into the house format (ruff)
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
@@ -90,6 +101,7 @@ lock: $(UV) ## resolve requirements.lock again; UPGRADE=--upgrade takes the newe
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages; run 'make test' with it before you commit it."
 
 clean: ## remove what the commands wrote: caches and out/, but not .venv
+	@sed -n "s,^/,docs/,p" docs/.gitignore | xargs rm -rf
 	@rm -rf out dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
 	@find . -name .ipynb_checkpoints -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -109,6 +121,11 @@ $(UV):
 # The libraries that prunelab is measured beside; prunelab itself never imports them.
 $(BENCH): bench/requirements.lock | setup
 	@$(UV) pip install --quiet --python $(RUN) --requirement bench/requirements.lock
+	@touch $@
+
+# What builds the site.
+$(DOCS): docs/requirements.lock | setup
+	@$(UV) pip install --quiet --python $(RUN) --requirement docs/requirements.lock
 	@touch $@
 
 $(READY): requirements.lock pyproject.toml | $(UV)
