@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from prunelab.errors import PruneLabError
+from prunelab.io.atomic import replacing
 
 RESULT = "application/vnd.prunelab.result+json"
 
 
 def publish_result(
-    name: str, parameters: Mapping[str, Any], table: pd.DataFrame, out: str | Path | None = None
+    name: str,
+    parameters: Mapping[str, Any],
+    table: pd.DataFrame,
+    out: str | Path | None = None,
+    *,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Hand a notebook's results on: one display that programs can read, and a JSON file.
 
@@ -23,7 +29,9 @@ def publish_result(
         name: of the notebook.
         parameters: what ``validate`` returned.
         table: the results, one row per case.
-        out: the file to write, ``{"name": …, "parameters": …, "columns": …, "table": rows}``; none if empty.
+        out: the file to write, in one step, ``{"name": …, "parameters": …, "columns": …, "table": rows}``; none if
+            empty.
+        history: how the results came about, one row per stage; under ``"history"`` if there are any.
 
     Raises:
         PruneLabError: the file cannot be written.
@@ -34,9 +42,12 @@ def publish_result(
     columns = [str(column) for column in table]  # a notebook file sorts the keys of an object
     result = {"name": name, "parameters": dict(parameters), "columns": columns, "table": rows}
     said = f"Published the result of {name}: {len(rows)} rows"
+    if history:
+        result["history"] = json.loads(pd.DataFrame(list(history)).to_json(orient="records"))
     if out:
         try:
-            Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            with replacing(Path(out)) as fresh:
+                fresh.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise PruneLabError(f"The result cannot be written to {out}: {error.strerror}.") from error
         said += f", also in {Path(out).name}"

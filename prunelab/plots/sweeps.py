@@ -1,0 +1,106 @@
+"""Figures of sweeps: accuracy against what is left of a network, one line per method; ranks with their confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from prunelab.plots.shootout import NAMES
+from prunelab.plots.style import GREY, INK, axes_of, picture, styles
+from prunelab.shootout.compare import pareto_front
+
+
+def pareto(points: pd.DataFrame, x: str, y: str, *, title: str = "", mark: tuple[float, float] | None = None) -> Figure:
+    """Draw a metric against what is left, one line per method: the mean over seeds, in a band from worst to best.
+
+    Circles are drawn around the means that no other beats: none has less left and is better.
+
+    Args:
+        points: one row per run: ``method``, ``setting`` (runs of one method and setting differ by their seed), ``x``
+            and ``y``.
+        x: column of a share, as in ``NAMES``, or of any number.
+        y: column of the metric; a share if its name has accuracy in it.
+        title: of the figure.
+        mark: ``(x, y)`` of a run to point out.
+    """
+    names = list(dict.fromkeys(points["method"]))
+    figure = picture(9.2, 4.6 if len(names) <= 12 else 4.6 + 0.25 * (len(names) - 12))
+    wide, high = (100.0 if _share(name) else 1.0 for name in (x, y))
+    axes = axes_of(figure, xlabel=_label(x), ylabel=_label(y), title=title)
+    means = []
+    for name, color, marker, line, filled in looks(names):
+        rows = points[points["method"] == name]
+        groups = rows.groupby("setting", sort=False)
+        left, mean = wide * groups[x].mean(), high * groups[y].mean()
+        order = left.sort_values().index
+        left, mean = left[order], mean[order]
+        means.append(pd.DataFrame({"x": left, "y": mean}))
+        if groups.size().max() > 1:
+            worst, best = high * groups[y].min()[order], high * groups[y].max()[order]
+            axes.fill_between(left, worst, best, color=color, alpha=0.15, linewidth=0)
+        face = color if filled else "white"
+        axes.plot(left, mean, line, marker=marker, color=color, mfc=face, linewidth=1.8, markersize=7, label=name)
+    _circle(axes, pd.concat(means, ignore_index=True))
+    if mark is not None:
+        axes.plot(wide * mark[0], high * mark[1], "*", color=INK, markersize=20, mfc="none", mew=1.8, label="this run")
+    axes.legend(frameon=False, fontsize=10.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _circle(axes: Axes, means: pd.DataFrame) -> None:
+    front = means[pareto_front(means["x"], means["y"])]
+    axes.plot(front["x"], front["y"], "o", markersize=15, mfc="none", color=GREY, mew=1.4, zorder=1, label="not beaten")
+
+
+def looks(names: Sequence[str]) -> list[tuple[str, str, str, str, bool]]:
+    """Return name, colour, marker, line and whether marks are filled, of each method.
+
+    What stands before a comma is its criterion, whose colour and marker it has; the first method of a criterion has
+    filled marks, the others open ones and lines of their own.
+    """
+    criteria = {name: name.split(",")[0] for name in names}
+    by_criterion = {name: rest for name, *rest in styles(criteria.values())}
+    used: dict[str, int] = {}
+    found = []
+    for name, criterion in criteria.items():
+        color, marker, line = by_criterion[criterion]
+        number = used.get(criterion, 0)
+        used[criterion] = number + 1
+        lines = [line, *(other for other in ("-", "--", "-.", ":") if other != line)]
+        found.append((name, color, marker, lines[number % 4], number == 0))
+    return found
+
+
+def ranking(table: pd.DataFrame) -> Figure:
+    """Draw mean ranks with their confidence intervals, the best on top.
+
+    Args:
+        table: columns ``method``, ``mean_rank``, ``low`` and ``high``.
+    """
+    rows = table.sort_values("mean_rank").reset_index(drop=True)
+    figure = picture(7.5, 1.4 + 0.36 * len(rows))
+    axes = axes_of(figure, xlabel="mean rank (1 is best), with its 95 % interval", ylabel="")
+    for place, (_, color, marker, _, filled) in enumerate(looks(list(rows["method"]))):
+        row = rows.loc[place]
+        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2)
+        face = color if filled else "white"
+        axes.plot(row["mean_rank"], place, marker, color=color, mfc=face, markersize=9)
+    axes.set_yticks(range(len(rows)), list(rows["method"]), fontsize=11)
+    axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
+    axes.invert_yaxis()
+    return figure
+
+
+def _share(name: str) -> bool:
+    return name.endswith("_kept") or "accuracy" in name or name == "share"
+
+
+def _label(name: str) -> str:
+    if name in NAMES:
+        return f"{NAMES[name]} kept (%)"
+    if name == "accuracy":
+        return "accuracy on test images (%)"
+    return name.replace("_", " ") + (" (%)" if _share(name) else "")
