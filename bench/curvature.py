@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import prunelab as pl
-from prunelab.curvature.dilation import self_product
-from prunelab.curvature.hvp import hessian_product
+from prunelab.curvature.hvp import hessian_product, self_product
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -40,7 +39,7 @@ def floor(model: nn.Module, batches: Batches) -> None:
 def own(model: nn.Module, batches: Batches) -> None:
     """θ ⊙ Hθ."""
     parameters = dict(model.named_parameters())
-    for name, value in self_product(model, batches)[1].items():
+    for name, value in self_product(model, batches).items():
         value.mul_(parameters[name].detach())
 
 

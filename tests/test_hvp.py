@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature import exact
-from prunelab.curvature.dilation import self_product
-from prunelab.curvature.hvp import PARTS, functional_product, ggn_product, hessian_product, product
+from prunelab.curvature.hvp import PARTS, functional_product, ggn_product, hessian_product, product, self_product
 from tests.cases import perturb
 
 
@@ -88,20 +87,6 @@ def test_a_product_is_that_with_the_dense_matrix(name, part):
     torch.testing.assert_close(flat(found), flat(vectors) @ matrix(part, model, batches))
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_product_with_the_parameters_themselves_takes_a_shorter_way(name, part):
-    model, batches = make(name)
-    gradient, found = self_product(model, batches, part=part)
-    theta = {name: value.detach() for name, value in model.named_parameters()}
-    wanted = product(model, batches, theta, part=part)
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value)
-    mean = pl.curvature.mean_gradient(model, batches)
-    for key, value in mean.items():
-        torch.testing.assert_close(gradient[key], value)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_vectorised_directions_are_the_same(name, monkeypatch):
     model, batches = make(name)
@@ -151,8 +136,8 @@ def test_neither_batch_size_nor_order_matters(part):
     for split in ([(inputs, targets)], [(inputs[n : n + 1], targets[n : n + 1]) for n in order]):
         for key, value in product(model, split, vectors, part=part).items():
             torch.testing.assert_close(value, wanted[key])
-    for key, value in self_product(model, [(inputs[order], targets[order])], part=part)[1].items():
-        torch.testing.assert_close(value, self_product(model, batches, part=part)[1][key])
+    for key, value in self_product(model, [(inputs[order], targets[order])], part=part).items():
+        torch.testing.assert_close(value, self_product(model, batches, part=part)[key])
 
 
 def test_other_losses_and_several_outputs():

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.curvature.dilation import pair_matrix, self_product
-from prunelab.curvature.hvp import check_part
+from prunelab.curvature.dilation import pair_matrix
+from prunelab.curvature.gradient import mean_gradient
+from prunelab.curvature.hvp import self_product
 from prunelab.curvature.one_pass import model_of
+from prunelab.curvature.pieces import check_part
 from prunelab.curvature.statistics import Statistics
 from prunelab.tracing.trace import DependencyGraph
 
@@ -35,7 +37,7 @@ class OBA(GroupwiseCriterion):
     In the quadratic model this keeps ``δᵀHδ`` for all units at once, shared out among them; a unit that goes alone
     interacts with itself only, which is ``quadratic``.
 
-    Cost: about three forward and backward passes over the data, whatever the depth.
+    Cost: two to three forward and backward passes over the data, whatever the depth.
 
     Args:
         part: of the Hessian: ``"exact"``, all of it; ``"functional"``, what the published code computes on ReLU
@@ -73,9 +75,10 @@ class OBA(GroupwiseCriterion):
     def elementwise(self, model: nn.Module, batches: Batches | Statistics | None = None) -> dict[str, Tensor]:
         """Return the score of every weight, a tensor like each parameter."""
         given = batches.batches if isinstance(batches, Statistics) else batches
-        gradient, product = self_product(model, given, self.loss, part=self.part)
+        product = self_product(model, given, self.loss, part=self.part)
         theta = {name: value.detach() for name, value in model.named_parameters() if name in product}
         if self.first_order:
+            gradient = mean_gradient(model, given, self.loss)
             return {name: value * (product[name] / 2 - gradient[name]) for name, value in theta.items()}
         return {name: value * product[name] for name, value in theta.items()}
 

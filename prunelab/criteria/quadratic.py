@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.curvature.dilation import Replaced
-from prunelab.curvature.hvp import leaves, pieces, pulled, slopes
 from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.pieces import Replaced, leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes

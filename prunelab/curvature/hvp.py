@@ -4,30 +4,30 @@ The Hessian of the mean loss splits into two parts, by the chain rule through th
 
     H = E[J_nᵀ Λ_n J_n] + Σ_k E[r_nk ∂²f_nk/∂θ²],   r = ∂ℓ/∂f,  Λ = ∂²ℓ/∂f²,  J = ∂f/∂θ,
 
-the Gauss-Newton part (what the loss bends) and the functional part (what the network bends).  A Hessian product is the
-derivative of g·v; for a Gauss-Newton product, Jv is the derivative of (Jᵀu)·v in u.
+the Gauss-Newton part (what the loss bends) and the functional part (what the network bends).  One direction goes
+through on dual numbers, see `dual.py`.  Several share one double backward pass: a Hessian product is the derivative of
+g·v; for a Gauss-Newton product, Jv is the derivative of (Jᵀu)·v in u.
 
 Flows in: a model, batches and directions.  Flows out: products by parameter name.  Notebook 09_oba derives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from prunelab.batches import Batches, Loss, call, checked
-from prunelab.curvature.fisher import check_mean
+from prunelab.batches import Batches, Loss, call
+from prunelab.curvature.dual import along
 from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import twice_differentiable
-from prunelab.errors import BatchError, BudgetError, PruneLabError
+from prunelab.errors import BudgetError, PruneLabError
 
-PARTS = ("exact", "functional", "gauss_newton")
-"""H, and the two parts that it is the sum of."""
+__all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
 
 Vectors = Mapping[str, Tensor]
 Multiply = Callable[[list[Tensor], bool], list[Tensor]]
@@ -39,9 +39,9 @@ def hessian_product(
 ) -> dict[str, Tensor]:
     """Return ``Hv``, H the Hessian of the mean loss over all samples, in eval mode.
 
-    Cost: one forward and one double backward pass over the data, about 3.5 forward and backward passes; every further
-    direction about two thirds of that.  Each batch goes through in halves, so that memory stays below twice that of
-    training on it.
+    Cost: for one direction about three forward and backward passes over the data.  Several share one double backward
+    pass, about 3.5 passes, and each takes two more; the same where an operator has no forward derivative.  Each batch
+    goes through in halves, so that memory stays below twice that of training on it.
 
     Args:
         model: the network; left as it was.
@@ -108,21 +108,23 @@ def product(
         raise BudgetError(f"chunk={chunk!r} is no positive whole number.")
     directions, batched = _directions(model, vectors)
     total = [torch.zeros_like(value) for value in directions]
-    seen = 0
+    seen, dual = 0, len(directions[0]) == 1
     with evaluating(model):
         named = dict(model.named_parameters())
         parameters: list[Tensor] = [named[name] for name in vectors]
         for parameter in named.values():
             parameter.requires_grad_(any(parameter is chosen for chosen in parameters))
         for number, inputs, targets in pieces(model, batches, "a curvature product"):
-            with torch.enable_grad():
-                with twice_differentiable():
-                    outputs = call(model, inputs)
-                multiply = _multiplier(outputs, targets, loss, part, parameters, check=not seen)
-                del outputs  # what the multiplier does not need goes
-            for place, found in _each_direction(multiply, directions, chunk):
+            found: list[Tensor] | None = None
+            if dual:
+                moves = {name: value[0] for name, value in zip(vectors, directions, strict=True)}
+                found = along(model, moves, inputs, targets, loss, part, check=not seen)
+                dual = found is not None
+            if found is not None:
                 for sums, value in zip(total, found, strict=True):
-                    sums[place] += value.detach()
+                    sums[0] += value
+            else:
+                _add(total, model, parameters, directions, inputs, targets, loss, part, chunk, check=not seen)
             seen += len(targets)
             check_finite(vectors, total, number)
     return {
@@ -130,89 +132,45 @@ def product(
     }
 
 
-def check_part(part: str) -> None:
-    """Check the name of a part.
+def self_product(
+    model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy, *, part: str = "exact"
+) -> dict[str, Tensor]:
+    """Return ``Hθ``, for all parameters of the model; see ``hessian_product``.
 
-    Raises:
-        BudgetError: there is no such part.
-    """
-    if part not in PARTS:
-        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
-
-
-def check_finite(names: Any, values: list[Tensor], number: int) -> None:
-    """Check sums over the batches up to this one.
-
-    Raises:
-        BatchError: one is not finite.
-    """
-    for name, value in zip(names, values, strict=True):
-        if not bool(value.isfinite().all()):
-            raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
-
-
-def pieces(model: nn.Module, batches: Batches | None, what: str) -> Iterator[tuple[int, Any, Tensor]]:
-    """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
-
-    Raises:
-        BatchError: the batches do not fit the model.
-    """
-    for number, (inputs, targets) in enumerate(checked(model, batches, what)):
-        middle = (len(targets) + 1) // 2
-        for part in (slice(0, middle), slice(middle, None)):
-            if part.start == 0 or len(targets[part]):
-                yield number, *tree_map(lambda leaf, part=part: _rows(leaf, part), (inputs, targets))
-
-
-def leaves(outputs: Any) -> list[Tensor]:
-    """Return the outputs that depend on the parameters."""
-    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
-
-
-def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs, cut off from the model, and the slopes of the summed loss in them, on a graph of their own.
+    Cost: about two forward and backward passes for convolutions, three for attention.
 
     Args:
-        outputs: of the model.
-        targets: ``[B, …]``.
-        loss: a mean over samples.
-        check: whether to check that it is one.
-
-    Raises:
-        BatchError: the loss cannot take the outputs, or is no mean.
+        model: the network; left as it was.
+        batches: pairs ``(inputs, targets [B, …])``.
+        loss: ``loss(outputs, targets)``, a mean over the samples.
+        part: of the curvature: ``"exact"``, ``"functional"`` or ``"gauss_newton"``.
     """
-    flat, structure = tree_flatten(outputs)
-    cut = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in flat]
-    ends = [new for new, old in zip(cut, flat, strict=True) if isinstance(old, Tensor) and old.requires_grad]
-    again = tree_unflatten(cut, structure)
-    try:
-        if check:
-            check_mean(again, targets, loss)
-        value = loss(again, targets) * len(targets)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise BatchError(f"The loss cannot take the model's outputs with these targets: {error}") from error
-    found = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True) if ends else []
-    return ends, list(found)
+    theta = {name: value.detach() for name, value in model.named_parameters() if value.is_floating_point()}
+    return product(model, batches, theta, loss, part=part)
 
 
-def pulled(
-    values: Sequence[Tensor], ends: Sequence[Tensor], vectors: Sequence[Tensor], *, last: bool = False, on: bool = False
-) -> list[Tensor]:
-    """Return ``Σ_k ∂(value_k · v_k)/∂end`` for every end; zeros where nothing leads there.
-
-    Args:
-        values: what is differentiated.
-        ends: with respect to what.
-        vectors: one like each value.
-        last: whether the graph is not needed any more.
-        on: whether the result is differentiated further.
-    """
-    pairs = [(value, v) for value, v in zip(values, vectors, strict=True) if value.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(end) for end in ends]
-    used, backs = zip(*pairs, strict=True)
-    keep = on or not last
-    return list(torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=on, materialize_grads=True))
+def _add(
+    total: list[Tensor],
+    model: nn.Module,
+    parameters: list[Tensor],
+    directions: list[Tensor],
+    inputs: Any,
+    targets: Tensor,
+    loss: Loss,
+    part: str,
+    chunk: int,
+    *,
+    check: bool,
+) -> None:
+    """Add the products of one piece, by double backward."""
+    with torch.enable_grad():
+        with twice_differentiable():
+            outputs = call(model, inputs)
+        multiply = _multiplier(outputs, targets, loss, part, parameters, check=check)
+        del outputs  # what the multiplier does not need goes
+    for place, found in _each_direction(multiply, directions, chunk):
+        for sums, value in zip(total, found, strict=True):
+            sums[place] += value.detach()
 
 
 def _multiplier(
@@ -275,7 +233,3 @@ def _directions(model: nn.Module, vectors: Vectors) -> tuple[list[Tensor], bool]
             f"Directions must be there, and equally many for each parameter; found {sorted(map(str, numbers))}."
         )
     return out, None not in numbers
-
-
-def _rows(leaf: Any, part: slice) -> Any:
-    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() else leaf

@@ -62,6 +62,24 @@ def _convolution(
     func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor | None:
     """Return the convolution with derivatives as maps; ``None`` for settings that need more than these maps."""
+    setting = convolution_setting(func, input, args, kwargs)
+    if setting is None:
+        return None
+    out = _Conv.apply(input, weight, setting)
+    return out if bias is None else out + bias.view(-1, *(1,) * CONVOLUTIONS[func][0])
+
+
+def convolution_setting(
+    func: Callable[..., Any], input: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Setting | None:
+    """Return what ``aten.convolution`` takes after the bias; ``None`` for padding by name or inputs without a batch.
+
+    Args:
+        func: one of ``CONVOLUTIONS``.
+        input: of the layer.
+        args: of the call, after the bias.
+        kwargs: of the call.
+    """
     space, transposed = CONVOLUTIONS[func]
     names = ["stride", "padding", "output_padding", "groups", "dilation"]
     if not transposed:
@@ -73,9 +91,7 @@ def _convolution(
         _each(given.get(name, default), space)
         for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
     )
-    setting = (stride, padding, dilation, transposed, out_padding, given.get("groups", 1))
-    out = _Conv.apply(input, weight, setting)
-    return out if bias is None else out + bias.view(-1, *(1,) * space)
+    return stride, padding, dilation, transposed, out_padding, given.get("groups", 1)
 
 
 def _batch_norm(

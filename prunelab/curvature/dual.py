@@ -1,0 +1,98 @@
+"""Dual numbers: the model runs once on tensors that carry their derivatives along a direction, and once back.
+
+Let every parameter move, θ̇ = v.  A forward pass with the derivatives of all activations gives L̇ = g·v; with v fixed,
+its gradient is Hv, by one ordinary backward pass (Pearlmutter's R operator).  Nothing is differentiated twice, and what
+is kept are activations and their derivatives.  For v = θ a linear layer has ẏ = W ẋ + y: that is six products both
+ways, where training takes three.
+
+PyTorch's forward derivatives do this for any operator that has one; `dual_mode.py` takes shorter ways for some.
+
+Flows in: a model, a direction and a batch.  Flows out: the product.  Notebook 09_oba derives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from prunelab.batches import Loss, call
+from prunelab.curvature.dual_mode import Duals, pair
+from prunelab.curvature.pieces import Replaced, leaves, pulled, slopes
+from prunelab.errors import BatchError
+
+
+def along(
+    model: nn.Module,
+    directions: Mapping[str, Tensor],
+    inputs: Any,
+    targets: Tensor,
+    loss: Loss,
+    part: str,
+    *,
+    check: bool,
+) -> list[Tensor] | None:
+    """Return the curvature of the summed loss times one direction, over one piece of a batch.
+
+    With r = ∂ℓ/∂f and ḟ the derivative of the outputs, L̇ = r·ḟ.  Its derivative in ḟ is r, and in f, by way of r, Λḟ:
+    what comes back from r alone is the functional part, from Λḟ alone the Gauss-Newton part.
+
+    Args:
+        model: whose parameters require gradients if they are named, and else do not.
+        directions: parameter name -> a tensor like it.
+        inputs: of the model.
+        targets: ``[B, …]``.
+        loss: a mean over samples.
+        part: one of ``PARTS``.
+        check: whether to check that the loss is a mean.
+
+    Returns:
+        A tensor for each direction; ``None`` where this way is not open, since an operator has no forward derivative,
+        or something is wrong, which any other way will say better.
+    """
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in directions]
+    try:
+        with torch.enable_grad():
+            outputs, moved = _pushed(model, named, directions, inputs)
+            if _has_more_than_outputs(outputs, targets, loss):
+                return None
+            ends, found = slopes(outputs, targets, loss, check=check)
+            values, backs = [], []
+            if part != "functional":
+                values += leaves(outputs)
+                backs += pulled(found, ends, [value.detach() for value in moved])
+            if part != "gauss_newton":
+                values += moved
+                backs += [slope.detach() for slope in found]
+            return pulled(values, parameters, backs, last=True)
+    except (BatchError, RuntimeError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _pushed(
+    model: nn.Module, named: Mapping[str, Tensor], directions: Mapping[str, Tensor], inputs: Any
+) -> tuple[Any, list[Tensor]]:
+    """Return the outputs, and the derivative of each that depends on the parameters."""
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(named[name], value) for name, value in directions.items()}
+        known: dict[int, tuple[Tensor, Tensor | None]] = {id(value): (value, None) for value in named.values()}
+        known |= {id(duals[name]): (named[name], value) for name, value in directions.items()}
+        with sdpa_kernel(SDPBackend.MATH), Duals(known):
+            outputs = call(Replaced(model, duals), inputs)
+        plain = tree_map(lambda leaf: pair(leaf)[0] if isinstance(leaf, Tensor) else leaf, outputs)
+        moved = [pair(leaf)[1] for leaf in leaves(outputs)]
+    if any(value is None for value in moved):
+        raise BatchError("Outputs have gradients, but no derivative along the direction.")
+    return plain, [value for value in moved if value is not None]
+
+
+def _has_more_than_outputs(outputs: Any, targets: Tensor, loss: Loss) -> bool:
+    """Return whether the loss depends on the parameters in other ways than through the outputs."""
+    fixed = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+    return loss(fixed, targets).requires_grad

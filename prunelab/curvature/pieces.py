@@ -1,0 +1,121 @@
+"""Pieces: what every exact second derivative goes through: parts of batches, slopes in the outputs, and back.
+
+Flows in: a model, batches and a loss.  Flows out: sums of derivatives over the samples of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from prunelab.batches import Batches, Loss, checked
+from prunelab.curvature.fisher import check_mean
+from prunelab.errors import BatchError, BudgetError
+
+PARTS = ("exact", "functional", "gauss_newton")
+"""H, and the two parts that it is the sum of."""
+
+
+class Replaced(nn.Module):
+    """A model some of whose parameters are replaced while it is called."""
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.call = lambda *args, **kwargs: functional_call(model, tensors, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def check_part(part: str) -> None:
+    """Check the name of a part.
+
+    Raises:
+        BudgetError: there is no such part.
+    """
+    if part not in PARTS:
+        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
+
+
+def check_finite(names: Any, values: list[Tensor], number: int) -> None:
+    """Check sums over the batches up to this one.
+
+    Raises:
+        BatchError: one is not finite.
+    """
+    for name, value in zip(names, values, strict=True):
+        if not bool(value.isfinite().all()):
+            raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
+
+
+def pieces(model: nn.Module, batches: Batches | None, what: str) -> Iterator[tuple[int, Any, Tensor]]:
+    """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
+
+    Raises:
+        BatchError: the batches do not fit the model.
+    """
+    for number, (inputs, targets) in enumerate(checked(model, batches, what)):
+        middle = (len(targets) + 1) // 2
+        for part in (slice(0, middle), slice(middle, None)):
+            if part.start == 0 or len(targets[part]):
+                yield number, *tree_map(lambda leaf, part=part: _rows(leaf, part), (inputs, targets))
+
+
+def leaves(outputs: Any) -> list[Tensor]:
+    """Return the outputs that depend on the parameters."""
+    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs, cut off from the model, and the slopes of the summed loss in them, on a graph of their own.
+
+    Args:
+        outputs: of the model.
+        targets: ``[B, …]``.
+        loss: a mean over samples.
+        check: whether to check that it is one.
+
+    Raises:
+        BatchError: the loss cannot take the outputs, or is no mean.
+    """
+    flat, structure = tree_flatten(outputs)
+    cut = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in flat]
+    ends = [new for new, old in zip(cut, flat, strict=True) if isinstance(old, Tensor) and old.requires_grad]
+    again = tree_unflatten(cut, structure)
+    try:
+        if check:
+            check_mean(again, targets, loss)
+        value = loss(again, targets) * len(targets)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise BatchError(f"The loss cannot take the model's outputs with these targets: {error}") from error
+    found = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True) if ends else []
+    return ends, list(found)
+
+
+def pulled(
+    values: Sequence[Tensor], ends: Sequence[Tensor], vectors: Sequence[Tensor], *, last: bool = False, on: bool = False
+) -> list[Tensor]:
+    """Return ``Σ_k ∂(value_k · v_k)/∂end`` for every end; zeros where nothing leads there.
+
+    Args:
+        values: what is differentiated.
+        ends: with respect to what.
+        vectors: one like each value.
+        last: whether the graph is not needed any more.
+        on: whether the result is differentiated further.
+    """
+    pairs = [(value, v) for value, v in zip(values, vectors, strict=True) if value.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(end) for end in ends]
+    used, backs = zip(*pairs, strict=True)
+    keep = on or not last
+    return list(torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=on, materialize_grads=True))
+
+
+def _rows(leaf: Any, part: slice) -> Any:
+    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() else leaf
