@@ -75,7 +75,8 @@ bench-trace: $(BENCH) ## time tracing beside Torch-Pruning, over torchvision's c
 	@$(RUN) -m bench.tracing --times --out bench/tracing.md
 
 docs: $(DOCS) ## build the site from notebooks, pages and docstrings into out/site, and check its links
-	@$(RUN) -m sphinx --quiet --nitpicky --fail-on-warning --fresh-env --builder html \
+	@rm -rf $(OUT)/site $(OUT)/site-doctrees
+	@$(RUN) -m sphinx --quiet --nitpicky --fail-on-warning --builder html \
 		--doctree-dir $(OUT)/site-doctrees docs $(OUT)/site
 	@$(RUN) docs/sitetools/links.py $(OUT)/site
 	@if $(RUN) docs/sitetools/links.py --online $(OUT)/site; then \

@@ -71,12 +71,12 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = True  # the download button gives the notebook
 html_show_sphinx = False
-html_last_updated_fmt = ""
 html_theme_options = {
     "show_toc_level": 2,
     "show_navbar_depth": 1,
     "use_download_button": True,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search field is in the sidebar
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

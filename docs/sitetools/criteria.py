@@ -19,6 +19,15 @@ from prunelab.criteria import CRITERIA
 from prunelab.criteria.base import Criterion
 
 NONE = "–"
+COSTS = (
+    "Time and memory on one CPU thread. The floor is one forward and one backward pass over the same data; all else is "
+    "in multiples of it. Which of these a criterion needs stands under it; `pl.collect` measures several in one pass."
+)
+ACCURACIES = (
+    "The last columns of each table are accuracies in percent on test images, right after a cut to that share of the "
+    "FLOPs, all at once, ranked over the whole network by score per FLOP saved, without any training: before → after "
+    "compensation, where that was measured."
+)
 Row = Mapping[str, Any]
 
 
@@ -158,8 +167,9 @@ def page(root: Path) -> str:
     shares = sorted({row["flops"] for row in rows if row["table"] == "cuts"}, reverse=True)
     curvature = json.loads((root / "bench" / "curvature.json").read_text(encoding="utf-8"))
     entries = [entry(name) for name in CRITERIA]
-    parts = [_overview(entries, rows), "## What the statistics cost", _costs(curvature)]
-    parts += ["## One by one", *(_section(one, measured(rows, one.name), networks(rows), shares) for one in entries)]
+    parts = [_overview(entries, rows), "## What the statistics cost", COSTS, _costs(curvature)]
+    sections = (_section(one, measured(rows, one.name), networks(rows), shares) for one in entries)
+    parts += ["## One by one", ACCURACIES, *sections]
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,12 +197,14 @@ def _overview(entries: list[Entry], rows: list[Row]) -> str:
         first = next(iter(found.values()), [])
         correlations = [rank_correlation(first, network) for network in names]
         body.append([f"[`{one.name}`](#{_anchor(one)})", _formula(one.headline), _short(one.keeps), *correlations])
-    head = ["criterion", "a unit's score", "in the quadratic model", *(f"`{name}`" for name in names)]
+    head = ["criterion", "a unit's score", "of the quadratic model it keeps", *(f"`{name}`" for name in names)]
     return table(head, body, numbers_from=3)
 
 
 def _short(keeps: str) -> str:
-    return re.sub(r"^In the quadratic model,? (this )?", "", keeps).rstrip(".")
+    """Return the first clause; the rest stands under the criterion."""
+    clause = re.match(r"In the quadratic model (?:this keeps )?((?:``.*?``|[^,:;.])+)", keeps)
+    return clause[1] if clause else NONE
 
 
 def _anchor(one: Entry) -> str:
