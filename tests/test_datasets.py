@@ -140,6 +140,18 @@ def test_networks_train_on_files_as_on_images_in_memory(tiny):
     assert evaluate(model, pl.data.loader(images.test, 4))["accuracy"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on: this process has threads
+def test_other_processes_prepare_the_same_batches(own):
+    images = pl.data.get(own).train.subset(6)
+    alone, beside = (torch.cat([x for x, _ in pl.data.loader(images, 2, workers=number)]) for number in (0, 2))
+    assert torch.equal(alone, beside)
+    seen = [
+        torch.cat([x for x, _ in pl.data.loader(images.augmented(), 2, shuffle=True, seed=seed, workers=2)])
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +12,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
-from prunelab.training import Distillation, Recipe, evaluate, fit, mixed_precision, train_checkpoint
+from prunelab.training import (
+    PAPERS,
+    Distillation,
+    Recipe,
+    checkpoints,
+    evaluate,
+    fit,
+    mixed_precision,
+    train_checkpoint,
+)
 
 RECIPE = Recipe(epochs=3, lr=0.05, weight_decay=5e-4, batch_size=50)
 
@@ -143,6 +152,19 @@ def test_a_checkpoint_of_other_images_has_their_classes_and_their_name(mini, tmp
     report = train_checkpoint("tiny", "twelve", tmp_path, tmp_path / "state", RECIPE, seed=0)
     assert list(report["accuracy"]) == ["100 test images"] and (tmp_path / "tiny-twelve.json").is_file()
     assert load_file(tmp_path / "tiny-twelve.safetensors")["1.bias"].shape == (12,)
+
+
+def test_the_command_trains_by_the_recipe_of_a_paper_into_a_file(mini, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(pl.zoo.MODELS, "resnet20", lambda num_classes: tiny())
+    monkeypatch.setattr(pl.data, "get", lambda _: pl.data.TrainTest(mini.train.subset(200), mini.test.subset(100)))
+    out = tmp_path / "base" / "small.safetensors"
+    words = f"resnet20 --data full --recipe oba --epochs 1 --seed 3 --out {out}".split()
+    monkeypatch.setattr("sys.argv", ["training", *words])
+    checkpoints.main()
+    log = json.loads(out.with_suffix(".json").read_text())
+    assert log["recipe"] | {"epochs": 200} == asdict(PAPERS["oba"]) | {"milestones": [0.3, 0.5, 0.75]}
+    assert log["seed"] == 3 and log["command"].endswith("resnet20 --data cifar10") and out.is_file()
+    assert capsys.readouterr().out.startswith("resnet20: {")
 
 
 # ── distillation and mixed precision ──────────────────────────────────────────────────────────────────────────────
