@@ -12,7 +12,10 @@ waits for it until the cell's time is up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets
@@ -29,8 +32,9 @@ from prunelab.tracing.groups import Group
 COLUMNS = ("criterion", "budget", "flops_kept", "params_kept", "accuracy")
 BUTTONS = 4
 """Up to so many choices are buttons side by side; more are a list that drops down."""
-PAUSE = 0.03
-"""Seconds for which a move waits for the next one, so that a queue of moves draws the last alone."""
+PAUSE, LONG_PAUSE = 0.03, 0.15
+"""Seconds for which a move waits for the next one, so that a queue of moves draws the last alone; the longer pause is
+for a move that was made while a figure was being drawn, as then the reader is ahead of us and more are on their way."""
 
 Choices = Sequence[Any] | Mapping[str, Any]
 
@@ -47,18 +51,33 @@ class Explorer(ipywidgets.VBox):
     def __init__(self, draw: Callable[..., tuple[Figure, str]], controls: Mapping[str, ipywidgets.Widget]) -> None:
         self._draw = draw
         self._waiting: asyncio.TimerHandle | None = None
+        self._drawn = 0.0
         self.controls = dict(controls)
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
         self.caption = ipywidgets.HTML()
         self.caption.add_class("prunelab-caption")
+        _line_up(list(self.controls.values()))
         for control in self.controls.values():
             control.observe(self._moved, names="value")
         super().__init__([*self.controls.values(), self.image, self.caption])
+        self.add_class("prunelab-explorer")
         self.redraw()
 
     def redraw(self) -> None:
         """Draw the figure for the controls as they stand, then publish the caption."""
         self._waiting = None
+        with collection_put_off():
+            self._answer()
+
+    def _follow(self) -> None:
+        try:
+            self.redraw()
+            self._drawn = asyncio.get_running_loop().time()
+        except Exception as error:  # else the caption would say for ever that it is drawing; the log has it all
+            self.caption.value = f"Not drawn: {html.escape(f'{type(error).__name__}: {error}')}"
+            raise
+
+    def _answer(self) -> None:
         figure, caption = self._draw(**{name: control.value for name, control in self.controls.items()})
         self.image.value = png(figure, quick=True)
         self.caption.value = caption
@@ -71,8 +90,26 @@ class Explorer(ipywidgets.VBox):
         self.caption.value = "drawing …"
         if self._waiting is not None:
             self._waiting.cancel()
-        self._waiting = loop.call_later(PAUSE, self.redraw)
+        behind = loop.time() - self._drawn < LONG_PAUSE
+        self._waiting = loop.call_later(LONG_PAUSE if behind else PAUSE, self._follow)
         return None
+
+
+@contextmanager
+def collection_put_off() -> Iterator[None]:
+    """Let Python look for garbage afterwards, and only among what was made meanwhile.
+
+    Figures are garbage of the kind that it has to look for.  Every now and then one would set off a search through
+    everything, which takes a third of a second once torch is loaded.
+    """
+    usual = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if usual:
+            gc.enable()
+            gc.collect(0)
 
 
 class ToggleGrid(ipywidgets.VBox):
@@ -144,13 +181,12 @@ def explore(draw: Callable[..., tuple[Figure, str]], **controls: Choices | ipywi
 
 
 def _control(name: str, given: Any) -> ipywidgets.Widget:
-    label = name.replace("_", " ")
-    wide = {"description": label, "style": {"description_width": "initial"}}
+    label = {"description": name.replace("_", " ")}
     if isinstance(given, ipywidgets.Widget):
         return given
     if isinstance(given, range) and len(given):
         low, high = given[0], given[-1]
-        return ipywidgets.IntSlider(low, low, high, given.step, continuous_update=False, **wide)
+        return ipywidgets.IntSlider(low, low, high, given.step, continuous_update=False, **label)
     if isinstance(given, Mapping):
         given = list(given.items())
     if not isinstance(given, Sequence) or isinstance(given, str) or not len(given):
@@ -159,10 +195,26 @@ def _control(name: str, given: Any) -> ipywidgets.Widget:
         )
     if all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in given):
         return ipywidgets.SelectionSlider(
-            options=[(f"{choice:g}", choice) for choice in given], continuous_update=False, **wide
+            options=[(f"{choice:g}", choice) for choice in given], continuous_update=False, **label
         )
     kind = ipywidgets.ToggleButtons if len(given) <= BUTTONS else ipywidgets.Dropdown
-    return kind(options=list(given), **wide)
+    return kind(options=list(given), **label)
+
+
+def _line_up(controls: Iterable[ipywidgets.Widget]) -> None:
+    """Give labels one width, buttons and lists room for their words, and buttons a place beside their label."""
+    labelled = [control for control in controls if getattr(control, "description", "")]
+    longest = max((len(control.description) for control in labelled), default=0)
+    for control in labelled:
+        if not getattr(control.style, "description_width", "kept"):
+            control.style.description_width = f"{0.6 * longest + 0.8:.1f}em"
+        if isinstance(control, ipywidgets.ToggleButtons):
+            control.style.button_width, control.layout.width = "auto", "auto"
+            control.add_class("widget-inline-hbox")
+        if isinstance(control, ipywidgets.Dropdown) and control.layout.width is None:
+            control.layout = ipywidgets.Layout(
+                width="auto", min_width="300px", max_width="100%", align_self="flex-start"
+            )
 
 
 def budget_slider(

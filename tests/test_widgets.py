@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import ipywidgets
 import pandas as pd
@@ -105,3 +106,21 @@ def test_of_a_queue_of_moves_the_last_alone_is_drawn():
     assert asyncio.run(drag()) == "drawing …"
     assert drawn == [0, 3]
     assert widget.caption.value == "number 3"
+
+
+def test_python_looks_for_garbage_after_the_figure_was_shown_and_not_while_it_is_drawn():
+    def draw(number: int):
+        looking.append(gc.isenabled())
+        return picture(), f"number {number}"
+
+    looking: list[bool] = []
+    widget = explore(draw, number=range(3))
+    widget.controls["number"].value = 2
+    assert looking == [False, False]
+    assert gc.isenabled()
+
+
+def test_a_figure_that_fails_leaves_the_garbage_collector_as_it_was():
+    with pytest.raises(ZeroDivisionError):
+        explore(lambda number: (picture(), str(1 / number)), number=range(3))
+    assert gc.isenabled()

@@ -1,0 +1,94 @@
+"""Every widget of the course in a real browser: a reader runs the notebook, moves the controls, and sees an answer.
+
+Of most notebooks the copy that is opened ends with the widget; ``make notebooks`` runs what comes after.  Parameters
+are smaller where the notebook has some that cost time and leave the widget as it is.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from PIL import Image
+from playwright.sync_api import Page
+
+from tests.browser.lab import copy
+from tests.browser.reader import Answer, Widget, label, moves, run_all
+
+SLOWEST = 1.0
+"""Seconds for one answer on a machine that does other things too; the aim on two free cores is 0.3."""
+RUN = 300
+"""Seconds for a notebook."""
+
+
+@dataclass
+class Case:
+    """A notebook, the kinds of its widget's controls from top to bottom, and parameters for a quicker run."""
+
+    notebook: str
+    controls: tuple[str, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+COURSE = [
+    Case("00_tour", ("slider", "buttons")),
+    Case("01_tracing", ("list", "slider")),
+    Case("02_magnitude", ("buttons", "list", "list")),
+    Case("03_taylor", ("buttons", "list")),
+    Case("04_obd", ("slider", "slider")),
+    Case("05_obs", ("list",)),
+    Case("06_obd_or_obs", ("slider", "buttons")),
+    Case("07_kfac", ("list", "slider", "buttons")),
+    Case("08_eigendamage", ("buttons", "slider")),
+    Case("09_oba", ("list", "list", "buttons")),
+    Case("10_oracle", ("list", "list")),
+    Case("11_compensation", ("slider", "slider")),
+    Case("12_iterative", ("slider", "buttons")),
+    Case("13_transformers", ("grid",)),
+    Case("14_unstructured", ("slider", "list")),
+]
+WHOLE = "00_tour"
+"""The notebook that readers open first is run to its end."""
+
+
+def end_with_widget(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    last = next(place for place, cell in enumerate(book.cells) if cell.id == "widget")
+    book.cells = book.cells[: last + 1]
+    nbformat.write(book, path)
+
+
+@pytest.mark.parametrize("case", COURSE, ids=lambda case: case.notebook)
+def test_a_reader_moves_every_control(case: Case, page: Page, address: str, folder: Path, request, record_property):
+    path = copy(case.notebook, folder / "notebooks", case.parameters)
+    if case.notebook != WHOLE:
+        end_with_widget(path)
+    problems = run_all(page, address.format(path.name), seconds=RUN)
+    assert not problems, "\n".join(problems)
+    widget = Widget(page)
+    if pictures := request.config.getoption("--screenshots"):
+        keep(widget.box.screenshot(), pictures / f"{case.notebook}.png")
+    controls = list(widget.controls())
+    assert tuple(kind for kind, _ in controls) == case.controls
+    answers: dict[str, list[Answer]] = {}
+    for kind, control in controls:
+        name = label(kind, control)
+        answers[name] = [widget.does(name, move) for move in moves(kind, control)]
+    rows = [(case.notebook, name, [1000 * answer.seconds for answer in found]) for name, found in answers.items()]
+    record_property("answers", rows)
+    for answer in (answer for found in answers.values() for answer in found):
+        assert answer.caption != answer.before, f"{answer.control}: the caption stayed “{answer.caption}”"
+        assert answer.image != answer.image_before, f"{answer.control}: the image stayed as it was"
+        assert answer.drawn == 1, f"{answer.control}: {answer.drawn} images were drawn for one move"
+        assert answer.seconds < SLOWEST, f"{answer.control} answered after {answer.seconds:.2f} s"
+
+
+def keep(picture: bytes, path: Path) -> None:
+    """Write a screenshot with a palette of 256 colours: a third of the bytes, and nothing that one would miss."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
