@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunelab import zoo
 from prunelab.curvature import exact, hvp
-from prunelab.curvature.dual_mode import CONVOLUTIONS, SHORTER
+from prunelab.curvature.dual_mode import CONVOLUTIONS, SHORTER, WRONG
 from prunelab.curvature.hvp import PARTS, hessian_product, product, self_product
 from tests.cases import perturb
 
@@ -69,7 +69,9 @@ NETWORKS = {
             nn.ReLU(inplace=True),
             nn.AvgPool2d(2),
             nn.GELU("tanh"),
+            nn.Hardswish(inplace=True),
             nn.Flatten(),
+            nn.ELU(inplace=True),
             nn.Linear(8, 3),
         ),
         (2, 4, 4),
@@ -178,11 +180,15 @@ def scripted(x: Tensor) -> Tensor:
     return torch.tanh(x) * x
 
 
+def standardized(x: Tensor) -> Tensor:
+    return F.instance_norm(x[:, None])[:, 0]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("lose", [Doubled.apply, scripted, lambda x: x.add_(x.softmax(-1))])
+@pytest.mark.parametrize("lose", [Doubled.apply, scripted, lambda x: x.add_(x.softmax(-1)), standardized])
 def test_where_a_forward_derivative_is_missing_the_product_is_taken_in_the_other_way(lose):
-    """A function of TorchScript drops it without a word, after having been called a few times; the last one overwrites
-    it.
+    """A function of TorchScript drops it without a word, after having been called a few times; the next one overwrites
+    it, and the last has one whose own derivative is wrong.
     """
 
     class Model(nn.Module):
@@ -215,6 +221,22 @@ def test_a_loss_that_knows_the_parameters_is_differentiated_whole():
         torch.testing.assert_close(found[name], value + 0.2 * vector[name])
 
 
+@pytest.mark.parametrize("way", ["dual", "other"])
+def test_the_hard_sigmoid_has_second_derivatives(way, only):
+    """PyTorch's own has none; it is a ReLU that ends at six."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    batches = [(torch.randn(6, 3).double(), torch.arange(6) % 3)]
+    only(way)
+
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu6(x + 3) / 6
+
+    one, other = (self_product(nn.Sequential(first, act, last), batches) for act in (nn.Hardsigmoid(), Written()))
+    assert all((value - other[name]).abs().max() < 1e-15 < value.abs().max() for name, value in one.items())
+
+
 def test_nothing_is_kept_of_tokens_squared():
     """What the backward pass waits with is of the size of queries, keys and values."""
     from prunelab.curvature.dual_attention import Attention
@@ -241,6 +263,10 @@ def test_every_shorter_way_is_tested_here():
         model, batches = make(name)
         with Watch():
             model(batches[0][0])
-    same = {F.relu, torch.relu, Tensor.relu}, {*CONVOLUTIONS}, {F.softmax, torch.softmax, Tensor.softmax}
-    assert not set(SHORTER) - seen - set().union(*same)
+    same = (
+        {F.relu, torch.relu, Tensor.relu},
+        {*CONVOLUTIONS},
+        {F.softmax, torch.softmax, Tensor.softmax},
+    )
+    assert not set(SHORTER) - seen - set(WRONG) - {F.hardsigmoid}.union(*same)
     assert all(seen & group for group in same)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from prunelab.batches import Loss, call
 from prunelab.curvature.dual_mode import Duals, pair
-from prunelab.curvature.pieces import Replaced, leaves, pulled, slopes
+from prunelab.curvature.pieces import Replaced, finite, leaves, pulled, slopes
 from prunelab.errors import BatchError
 
 
@@ -70,7 +70,8 @@ def along(
             if part != "gauss_newton":
                 values += moved
                 backs += [slope.detach() for slope in found]
-            return pulled(values, parameters, backs, last=True)
+            product = pulled(values, parameters, backs, last=True)
+            return product if all(map(finite, product)) else None
     except (BatchError, RuntimeError, TypeError, ValueError, IndexError):
         return None
 

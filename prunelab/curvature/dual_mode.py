@@ -47,12 +47,15 @@ class Duals(TorchFunctionMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.requires_grad and pair(leaf)[1] is None:
                 raise BatchError("Something in the model has lost the derivative along the direction.")
+        place = OVERWRITING.get(func)
+        if place is not None and (kwargs.get("inplace") or (len(args) > place and args[place])):
+            apart = [args[0].clone(), *args[1:place]]  # what it overwrites is needed on the way back
+            kwargs.pop("inplace", None)
+            return args[0].copy_(self.__torch_function__(func, types, apart, kwargs))
         if func in SHORTER:
             found = SHORTER[func](self, func, *args, **kwargs)
             if found is not None:
                 return found
-        if kwargs.get("inplace") and args:  # what it overwrites may be needed on the way back
-            return args[0].copy_(func(args[0].clone(), *args[1:], **{**kwargs, "inplace": False}))
         return func(*args, **kwargs)
 
     def moving(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Moving] | None:
@@ -92,13 +95,24 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     given, (x, xt) = mode.moving(weight, bias), pair(input)
-    if training or running_mean is None or running_var is None or weight is None or bias is None:
+    if training or running_mean is None or running_var is None:
+        _refuse(mode, func)
+    if weight is None or bias is None:
         return None
     if given is None or (xt is None and not given[2]):
         return None
     return forward_ad.make_dual(
         *Scale.apply(x, torch.zeros_like(x) if xt is None else xt, *given, running_mean, running_var, eps)
     )
+
+
+def _refuse(mode: Duals, func: Any, *args: Any, **kwargs: Any) -> None:
+    """Raise: PyTorch takes statistics or places for constants when it differentiates the forward derivative.
+
+    Of all operators in PyTorch's own list of samples only these give wrong numbers; others have no such derivative and
+    raise by themselves.
+    """
+    raise BatchError(f"{func.__name__} has no forward derivative that could be differentiated.")
 
 
 def _layer_norm(
@@ -111,6 +125,8 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     given, (x, xt) = mode.moving(weight, bias), pair(input)
+    if given is None:
+        _refuse(mode, func)
     if given is None or (xt is None and not given[2]):
         return None
     return forward_ad.make_dual(
@@ -128,6 +144,10 @@ def _relu(mode: Duals, func: Any, input: Tensor, inplace: bool = False) -> Tenso
 def _gelu(mode: Duals, func: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
     x, xt = pair(input)
     return None if approximate != "none" or xt is None else forward_ad.make_dual(*Gelu.apply(x, xt))
+
+
+def _hardsigmoid(mode: Duals, func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return (input + 3).clamp(0, 6) / 6  # PyTorch's own cannot be differentiated again
 
 
 def _softmax(mode: Duals, func: Any, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -208,14 +228,36 @@ def _multi_head(
         return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
 
 
+WRONG = (
+    *(F.instance_norm, torch.instance_norm, torch.batch_norm, torch.native_batch_norm),
+    *(torch.layer_norm, torch.native_layer_norm, torch.as_strided_scatter),
+    *(F.max_unpool1d, F.max_unpool2d, F.max_unpool3d),
+)
+
 SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.linear, *CONVOLUTIONS), _linear),
+    **dict.fromkeys(WRONG, _refuse),
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     F.gelu: _gelu,
+    F.hardsigmoid: _hardsigmoid,
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
 }
 """Function -> what does the same with derivatives; ``None`` where it cannot."""
+
+OVERWRITING: dict[Callable[..., Any], int] = {
+    F.hardswish: 1,
+    F.hardsigmoid: 1,
+    F.mish: 1,
+    F.relu6: 1,
+    F.selu: 1,
+    F.silu: 1,
+    F.celu: 2,
+    F.elu: 2,
+    F.leaky_relu: 2,
+    F.hardtanh: 3,
+}
+"""Function -> where its `inplace` stands."""

@@ -42,6 +42,11 @@ def check_part(part: str) -> None:
         raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
 
 
+def finite(value: Tensor) -> bool:
+    """Return whether all entries are; the sum tells, unless it is too large for a number itself."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
 def check_finite(names: Any, values: list[Tensor], number: int) -> None:
     """Check sums over the batches up to this one.
 
@@ -49,7 +54,7 @@ def check_finite(names: Any, values: list[Tensor], number: int) -> None:
         BatchError: one is not finite.
     """
     for name, value in zip(names, values, strict=True):
-        if not bool(value.isfinite().all()):
+        if not finite(value):
             raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
 
 

@@ -123,6 +123,10 @@ def _gelu(func: Callable[..., Any], input: Tensor, approximate: str = "none") ->
     return _Gelu.apply(input) if approximate == "none" else None
 
 
+def _hardsigmoid(func: Callable[..., Any], input: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace else (input + 3).clamp(0, 6) / 6  # PyTorch's own has no second derivative
+
+
 def _attention(
     func: Callable[..., Any],
     query: Tensor,
@@ -147,6 +151,7 @@ REPLACED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _batch_norm,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     F.gelu: _gelu,
+    F.hardsigmoid: _hardsigmoid,
     F.scaled_dot_product_attention: _attention,
 }
 
