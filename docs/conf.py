@@ -71,6 +71,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = True  # the download button gives the notebook
 html_show_sphinx = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "show_toc_level": 2,
     "show_navbar_depth": 1,

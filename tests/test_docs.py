@@ -69,6 +69,11 @@ def test_every_public_name_is_in_the_reference(module):
     assert not missing
 
 
+def test_modules_that_are_documented_whole_are_in_the_reference():
+    for name in ("data", "distributed", "notebook", "regularizers", "sweeping", "training", "widgets", "zoo"):
+        assert f".. automodule:: prunelab.{name}\n   :members:" in reference()
+
+
 def test_every_name_in_the_reference_exists():
     for name in documented(reference()):
         assert resolved(name) is not None, f"docs/api names {name}, which is not there"
@@ -125,6 +130,7 @@ def copies() -> set[str]:
 
 def test_copies_follow_the_repository(tool, tmp_path):
     gather = tool("gather")
+    (tmp_path / ".gitignore").write_bytes((DOCS / ".gitignore").read_bytes())
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "gone.ipynb").write_text("{}")
     gather.gather(ROOT, tmp_path)

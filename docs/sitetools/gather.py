@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md")
-FILES = ("LICENSE", "examples/*.py", "data/make_cifar10.py")
-"""What pages link to that is no page; a reader downloads it."""
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "data/README.md", "sweeps/README.md")
+LINK = re.compile(r"\]\((?![\w+]+:)([^)#\s]+)")
 WIDGET = "(interactive: run this cell in Jupyter"
 MOVE_IT = "A widget, as it was last drawn: run the notebook (`make lab`) to move it."
 NO_PICTURE = "Here the notebook has a widget: run it (`make lab`) to move it."
@@ -24,12 +24,19 @@ NO_PICTURE = "Here the notebook has a widget: run it (`make lab`) to move it."
 def gather(root: Path, docs: Path) -> None:
     """Bring the copies in ``docs`` up to date with ``root``; what is not in the repository any more goes."""
     wanted = dict(_copies(root, docs))
+    wanted |= dict(_linked(root, docs, wanted))
     for path, content in wanted.items():
         write(docs / path, content)
-    for folder in ("notebooks", "bench", "examples", "data"):
+    for folder in folders(docs) - {"generated"}:
         for path in [path for path in (docs / folder).rglob("*") if path.is_file()]:
             if path.relative_to(docs).as_posix() not in wanted:
                 path.unlink()
+
+
+def folders(docs: Path) -> set[str]:
+    """Return the folders that are copies: those that git ignores."""
+    lines = (docs / ".gitignore").read_text(encoding="utf-8").splitlines()
+    return {line.strip("/") for line in lines if line.startswith("/") and line.endswith("/")}
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -48,10 +55,25 @@ def _copies(root: Path, docs: Path) -> Iterator[tuple[str, str | bytes]]:
     for name in _names(root, "notebooks/*.ipynb"):
         pictures = sorted((docs / "widgets").glob(f"{Path(name).stem}*.png"))
         yield name, notebook((root / name).read_text(encoding="utf-8"), pictures)
-    for name in (path for pattern in FILES for path in _names(root, pattern)):
-        yield name, (root / name).read_bytes()
     yield "notebooks/solutions/index.md", _solutions(root)
     yield "notebooks/parameters/index.md", _parameters(root)
+
+
+def _linked(root: Path, docs: Path, pages: Mapping[str, str | bytes]) -> Iterator[tuple[str, bytes]]:
+    """Yield what pages link to that is no page itself, as code or licence; a reader downloads it.
+
+    Raises:
+        ValueError: it would lie where git does not ignore it.
+    """
+    written = {path.relative_to(docs).as_posix(): path.read_text(encoding="utf-8") for path in docs.rglob("*.md")}
+    for name, text in {**written, **pages}.items():
+        for link in LINK.findall(text) if isinstance(text, str) else []:
+            target = os.path.normpath(Path(name).parent / link)
+            if target in pages or target.startswith("..") or not (root / target).is_file():
+                continue
+            if target != "LICENSE" and Path(target).parts[0] not in folders(docs):
+                raise ValueError(f"{name} links to {target}: add its folder to docs/.gitignore")
+            yield target, (root / target).read_bytes()
 
 
 def _names(root: Path, pattern: str) -> list[str]:

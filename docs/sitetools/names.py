@@ -18,7 +18,7 @@ from sphinx.util.nodes import make_refnode
 LABELS = re.compile(r"^(Source|Cost|Cost per batch):")
 TIDY = (
     (r"<function (\w+)(?: at 0x[0-9a-f]+)?>", r"\1"),
-    (r"<factory>", "…"),
+    (r"<factory>", "..."),
     (r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1"),  # an alias in a union
 )
 CALL = re.compile(r"^(?:pl|prunelab)((?:\.\w+)+)(?:\(.*\))?$|^([A-Z]\w+)(?:\(.*\))?$", re.DOTALL)
@@ -127,11 +127,12 @@ def _back(app: Any, page: str, template: str, context: dict[str, Any], doctree: 
     """
     if not page.startswith("_modules/prunelab") or "body" not in context:
         return
-    table, module = _table(app.builder.env), page.removeprefix("_modules/").replace("/", ".")
+    table, documented = _table(app.builder.env), app.builder.env.get_domain("py").objects
+    module = page.removeprefix("_modules/").replace("/", ".")
 
     def mended(found: re.Match[str]) -> str:
         parts = found[1].split(".")
         ends = (f"{module}.{'.'.join(parts[cut:])}" for cut in range(len(parts)))
-        return "#" + next((table[end] for end in ends if end in table), found[1])
+        return "#" + next((documented[table[end]].node_id for end in ends if end in table), found[1])
 
     context["body"] = re.sub(r"#(prunelab[\w.]+)", mended, context["body"])
