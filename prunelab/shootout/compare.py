@@ -64,11 +64,15 @@ def bootstrap(
     table = np.asarray(numbers, dtype=np.float64)
     places = [np.array([i for i, case in enumerate(cases) if case == one]) for one in dict.fromkeys(cases)]
     random = np.random.default_rng(seed)
-    means = np.empty((draws, table.shape[1]))
-    for draw in range(draws):
-        chosen = random.integers(len(places), size=len(places)) if len(places) > 1 else [0]
-        rows = np.concatenate([random.choice(places[case], size=len(places[case])) for case in chosen])
-        means[draw] = table[rows].mean(0)
+    total, count = np.zeros((draws, table.shape[1])), np.zeros((draws, 1))
+    chosen = random.integers(len(places), size=(draws, len(places))) if len(places) > 1 else np.zeros((draws, 1), int)
+    for slot in range(chosen.shape[1]):
+        for case, blocks in enumerate(places):
+            here = chosen[:, slot] == case
+            rows = random.choice(blocks, size=(int(here.sum()), len(blocks)))
+            total[here] += table[rows].sum(1)
+            count[here] += len(blocks)
+    means = total / count
     outside = 100 * (1 - level) / 2
     low, high = np.percentile(means, [outside, 100 - outside], axis=0)
     return low, high

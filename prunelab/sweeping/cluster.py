@@ -146,10 +146,13 @@ def _where(client: Any, scheduler: str | Path | None, workers: int) -> str:
     if scheduler is None:
         said = f"{workers} worker{'s' * (workers > 1)} on this machine"
     else:
-        found = len(client.scheduler_info(n_workers=-1)["workers"])
+        there = client.scheduler_info(n_workers=-1)["workers"]
+        found, threads = len(there), max([worker["nthreads"] for worker in there.values()], default=1)
         said = f"{found} worker{'s' * (found != 1)} at {client.scheduler.address}"
         if not found:
             said += ", which is waited for"
+        if threads > 1:
+            said += f", which run up to {threads} jobs at once each: start them with --nthreads 1 if that is too many"
     if scheduler is None and not has_dashboard():
         return f"{said} (with the package bokeh there is a dashboard)"
     return f"{said}, dashboard: {client.dashboard_link}"
