@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import prunelab as pl
@@ -196,6 +197,19 @@ def test_a_notebook_that_may_not_be_committed_is_not_saved(tmp_path, command, so
     assert status == 1
     assert words in said
     assert path.read_bytes() == before
+
+
+def test_cleaning_drops_progress_bars(tmp_path, command):
+    source = (
+        "import time\nfrom prunelab.notebook import progress\nfor _ in progress(range(3), 'waiting'): time.sleep(0.7)"
+    )
+    counted = "from tqdm.auto import tqdm\nwith tqdm(unit='unit') as bar: bar.update(3)"
+    path = write(tmp_path / "w.ipynb", cell(source), cell(counted))
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(book).execute()
+    assert all(len(one.outputs) == 1 for one in book.cells)  # they were there
+    clean(book)
+    assert all(one.outputs == [] for one in book.cells)
 
 
 def test_cleaning_drops_torchs_remarks_about_the_machine():

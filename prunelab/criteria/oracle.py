@@ -102,7 +102,7 @@ def loss_changes(
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
     seen = 0
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
-    bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False)
+    bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
     for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
         replay = _Replay(model, inputs, targets, loss, cache)
         if not replay.base.isfinite():

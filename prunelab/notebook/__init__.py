@@ -6,8 +6,20 @@ a notebook and parameters.  Flows out: files.
 """
 
 from prunelab.notebook.parameters import Between, validate
+from prunelab.notebook.progress import progress
 from prunelab.notebook.results import RESULT, publish_result, readable, result_of
 from prunelab.notebook.run import run
 from prunelab.notebook.save import clean, save
 
-__all__ = ["RESULT", "Between", "clean", "publish_result", "readable", "result_of", "run", "save", "validate"]
+__all__ = [
+    "RESULT",
+    "Between",
+    "clean",
+    "progress",
+    "publish_result",
+    "readable",
+    "result_of",
+    "run",
+    "save",
+    "validate",
+]

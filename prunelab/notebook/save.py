@@ -10,6 +10,7 @@ from typing import Any
 
 from prunelab.errors import PruneLabError
 from prunelab.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
+from prunelab.notebook.progress import is_bar
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LARGEST = 600_000
@@ -79,6 +80,8 @@ def clean(book: Any) -> None:
 
 
 def _cleaned(output: Any) -> Any:
+    if WIDGET in output.get("data", {}) and is_bar(output.data):
+        return None
     if WIDGET in output.get("data", {}):
         output.data = {"text/plain": NO_WIDGET}
     if output.output_type == "stream" and output.name == "stderr":

@@ -152,7 +152,9 @@ def prune(
 
     if (0, BEFORE) not in done:
         record(0, BEFORE)
-    with tqdm(total=steps, unit="step", disable=not progress or steps == 1 or rank() > 0) as bar:
+    with tqdm(
+        total=steps, desc="pruning", unit="step", delay=1, disable=not progress or steps == 1 or rank() > 0
+    ) as bar:
         for step in range(1, steps + 1):
             if (step, CUT) not in done:
                 with seeded(current, base, step, 0):

@@ -106,7 +106,8 @@ def fit(
     if state is not None and state.is_file():
         log = _resume(state, parts, device)
     model.to(memory_format=torch.channels_last)  # about a third faster on CPUs and GPUs, same numbers to rounding
-    bar = tqdm(total=steps, initial=min(steps, per_epoch * len(log)), unit="step", disable=not progress)
+    begun = min(steps, per_epoch * len(log))
+    bar = tqdm(total=steps, initial=begun, desc="training", unit="step", delay=1, leave=False, disable=not progress)
     for epoch in range(len(log), epochs):
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):

@@ -13,13 +13,14 @@ from tests.browser.lab import START
 BUSY = "drawing …"
 ANSWER = 20
 """Seconds after which a widget counts as dead; how quick it should be is another matter."""
-READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady"
+# A session may be ready while its kernel is still being connected; what is run then is dropped without a word.
+READY = """() => {
+    const session = window.jupyterapp?.shell.currentWidget?.sessionContext, kernel = session?.session?.kernel;
+    return session?.isReady && kernel?.connectionStatus === "connected" && kernel.status === "idle";
+}"""
 RUN = """() => {
     window.ran = false;
-    const notebook = window.jupyterapp.shell.currentWidget;
-    notebook.sessionContext.ready
-        .then(() => window.jupyterapp.commands.execute("notebook:run-all-cells"))
-        .then(() => { window.ran = true; });
+    window.jupyterapp.commands.execute("notebook:run-all-cells").finally(() => { window.ran = true; });
 }"""
 OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     .filter((cell) => cell.model.type === "code")
