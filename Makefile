@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench-trace docs format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench docs format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,8 @@ claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md
 zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
 	@$(RUN) -m bench.zoo --out bench/zoo.md
 
-bench-trace: $(BENCH) ## time tracing beside Torch-Pruning, over torchvision's classifiers; writes bench/tracing.md
-	@$(RUN) -m bench.tracing --times --out bench/tracing.md
+bench: $(BENCH) ## all measurements beside other libraries, into bench/peers.md; QUICK=1 for a short run, DATA=full for all of CIFAR-10
+	@$(RUN) -m bench.peers $(if $(QUICK),--quick) --data $(or $(DATA),mini)
 
 docs: $(DOCS) ## build the site from notebooks, pages and docstrings into out/site, and check its links
 	@rm -rf $(OUT)/site $(OUT)/site-doctrees

@@ -1,0 +1,5 @@
+"""All tables, or those that are named: `python -m bench.peers [--quick] [--data full] [tracing moments …]`."""
+
+from bench.peers.command import main
+
+main()
