@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunelab.plots.shootout import NAMES
-from prunelab.plots.style import GREY, INK, axes_of, picture, styles
+from prunelab.plots.style import GREY, INK, SKY, axes_of, picture, styles
 from prunelab.shootout.compare import pareto_front
 
 
@@ -58,17 +58,18 @@ def _circle(axes: Axes, means: pd.DataFrame) -> None:
 def looks(names: Sequence[str]) -> list[tuple[str, str, str, str, bool]]:
     """Return name, colour, marker, line and whether marks are filled, of each method.
 
-    What stands before a comma is its criterion, whose colour and marker it has; the first method of a criterion has
+    What stands before a comma is its criterion, whose colour and marker it has; the shortest name of a criterion has
     filled marks, the others open ones and lines of their own.
     """
     criteria = {name: name.split(",")[0] for name in names}
     by_criterion = {name: rest for name, *rest in styles(criteria.values())}
-    used: dict[str, int] = {}
     found = []
     for name, criterion in criteria.items():
         color, marker, line = by_criterion[criterion]
-        number = used.get(criterion, 0)
-        used[criterion] = number + 1
+        others = sorted(
+            (other for other in criteria if criteria[other] == criterion), key=lambda word: (len(word), word)
+        )
+        number = others.index(name)
         lines = [line, *(other for other in ("-", "--", "-.", ":") if other != line)]
         found.append((name, color, marker, lines[number % 4], number == 0))
     return found
@@ -90,8 +91,46 @@ def ranking(table: pd.DataFrame) -> Figure:
         axes.plot(row["mean_rank"], place, marker, color=color, mfc=face, markersize=9)
     axes.set_yticks(range(len(rows)), list(rows["method"]), fontsize=11)
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     return figure
+
+
+def timeline(runs: dict[str, list[tuple[float, float]]]) -> Figure:
+    """Draw when which jobs of a sweep ran, a panel for each way to run it, one row per worker.
+
+    Args:
+        runs: way -> beginning and end of each job, in seconds from the start of the sweep.
+    """
+    rows = {way: lanes(jobs) for way, jobs in runs.items()}
+    figure = picture(9.0, 1.0 + sum(0.5 + 0.4 * len(found) for found in rows.values()))
+    grid = figure.add_gridspec(len(rows), 1, height_ratios=[0.6 + len(found) for found in rows.values()])
+    end = max(stop for jobs in runs.values() for _, stop in jobs)
+    for number, (way, found) in enumerate(rows.items()):
+        last = number == len(rows) - 1
+        axes = axes_of(figure, xlabel="seconds" if last else "", ylabel="worker", title=way, place=grid[number, 0])
+        for worker, jobs in enumerate(found, 1):
+            spans = [(start, stop - start) for start, stop in jobs]
+            axes.broken_barh(spans, (worker - 0.36, 0.72), facecolor=SKY, edgecolor="white", linewidth=1.5)
+        axes.set_yticks(range(1, len(found) + 1))
+        axes.set_xlim(0, end * 1.02)
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def lanes(jobs: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """Return jobs by worker: each goes to the first that is free, give or take a second.
+
+    >>> lanes([(0, 5), (0, 3), (3, 6)])
+    [[(0, 5)], [(0, 3), (3, 6)]]
+    """
+    found: list[list[tuple[float, float]]] = []
+    for job in sorted(jobs, key=lambda span: span[0]):
+        free = next((lane for lane in found if lane[-1][1] <= job[0] + 1), None)
+        if free is None:
+            found.append([job])
+        else:
+            free.append(job)
+    return found
 
 
 def _share(name: str) -> bool:

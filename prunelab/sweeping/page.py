@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from prunelab.plots.shootout import NAMES
+
 if TYPE_CHECKING:
     from prunelab.sweeping.report import Findings
 
@@ -29,7 +31,7 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd;
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
-td.words { text-align: left; white-space: normal; min-width: 16rem; }
+th.words, td.words { text-align: left; white-space: normal; min-width: 16rem; }
 img { max-width: 100%; } figure { margin: 1rem 0; } figcaption { color: #555; }
 .state { font-size: 1.1rem; } .bad { color: #a33b00; }
 """
@@ -56,7 +58,7 @@ def page(found: Findings, place: Path) -> str:
 def _results(found: Findings) -> Iterable[str]:
     for name, (image, words) in found.figures.items():
         if name != "ranking":
-            yield f"<h2>{html.escape(name.replace('-', ', ').replace('_', ' '))}</h2>{_figure(image, words)}"
+            yield f"<h2>{html.escape(_title(name))}</h2>{_figure(image, words)}"
     if "ranking" in found.figures:
         yield f"<h2>Ranking</h2>{_figure(*found.figures['ranking'])}<p>{METHOD}</p>{_html(ranked(found))}"
     yield "<h2>Means over seeds</h2>"
@@ -91,13 +93,19 @@ def _failures(found: Findings, place: Path) -> Iterable[str]:
         yield f"<h2>Missing</h2><ul>{names}</ul>{more}"
 
 
+def _title(figure: str) -> str:
+    metric, left, *panel = figure.split("-", 2)
+    words = f"{metric} against {NAMES.get(left, left)} kept".replace("_", " ")
+    return words[:1].upper() + words[1:] + (f": {panel[0]}" if panel else "")
+
+
 def _figure(image: bytes, words: str) -> str:
     data = base64.b64encode(image).decode()
     return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{words}</figcaption></figure>'
 
 
 def _html(table: pd.DataFrame, words: tuple[str, ...] = ()) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table)
+    head = "".join(f"<th{' class=words' if name in words else ''}>{html.escape(str(name))}</th>" for name in table)
     lines = []
     for row in table.to_dict("records"):
         cells = (

@@ -141,7 +141,7 @@ def _figures(rows: pd.DataFrame, ranking: pd.DataFrame, metric: str) -> dict[str
     for left in measures(rows).values():
         for panel in panels:
             figure, words = drawing(rows, panel, left, metric=metric)
-            name = f"{metric}-{left}" + (f"-{'-'.join(panel.replace('/', '-').split(', '))}" if len(panels) > 1 else "")
+            name = f"{metric}-{left}" + (f"-{panel.replace('/', '-').replace(', ', '-')}" if len(panels) > 1 else "")
             found[name.replace(" ", "")] = (png(figure), words)
     if len(ranking) > 1:
         words = f"Mean rank by {metric} over {ranking['blocks'].iloc[0]} blocks, with 95 % intervals."
