@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks papermill claims zoo bench docs format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks test-browser papermill claims zoo bench docs format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ unit: setup ## run the tests and the examples in docstrings (pytest)
 notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 	@echo "== notebooks"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(BESIDE) --nbval-lax --nbval-current-env notebooks
+
+test-browser: setup ## move every widget in JupyterLab, in a real browser; needs chromium (BROWSER_TESTS="-k 13_ -s" for some)
+	@echo "== widgets in a browser"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/browser $(BROWSER_TESTS)
 
 papermill: setup ## run every notebook once more, with other parameters than its own
 	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
