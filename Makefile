@@ -62,9 +62,9 @@ notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 	@echo "== notebooks"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(BESIDE) --nbval-lax --nbval-current-env notebooks
 
-test-browser: setup ## move every widget in JupyterLab, in a real browser; needs chromium (BROWSER_TESTS="-k 13_ -s" for some)
+test-browser: setup ## move every widget in JupyterLab, in a real browser; needs chromium; ONLY="-k 13_" for some
 	@echo "== widgets in a browser"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/browser $(BROWSER_TESTS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist load tests/browser $(ONLY)
 
 papermill: setup ## run every notebook once more, with other parameters than its own
 	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
