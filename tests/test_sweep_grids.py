@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from prunelab.shootout.settings import Settings
 from prunelab.sweeping.grid import Grid, read_grid
 from prunelab.sweeping.jobs import prepared
 from prunelab.training.checkpoints import weights_path
+from sweeps import keep
 from sweeps.table import lines
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -86,6 +88,40 @@ def test_shares_in_text_end_at_the_share(grid):
 
 def test_the_readme_shows_the_table_of_grids():
     assert "\n".join(lines()) in (SWEEPS / "README.md").read_text(encoding="utf-8")
+
+
+# ── what the quick grid found ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_the_quick_grid_found_is_kept_and_shown():
+    """`python -m prunelab sweep sweeps/quick.yaml`, then `python -m sweeps.keep out/quick`, write all of it."""
+    if not keep.RESULTS.is_dir():
+        pytest.skip("the quick grid has not been run for this version: make it with the two commands above")
+    rows = pd.read_csv(keep.RESULTS / "table.csv", keep_default_na=False, na_values=[""])
+    about = json.loads((keep.RESULTS / "summary.json").read_text(encoding="utf-8"))
+    assert keep.EXAMPLE.read_bytes() == (keep.RESULTS / "table.csv").read_bytes()
+    readme = (SWEEPS.parent / "README.md").read_text(encoding="utf-8")
+    assert keep.BLOCK.search(readme)[0].split("-->\n", 1)[1] == keep.block(rows, about) + "<!-- /quick -->"
+    assert len(rows) == about["done"] == about["jobs"] == len(read_grid(GRIDS["quick"]).jobs())
+    assert all((keep.RESULTS / name).stat().st_size < 100_000 for name in keep.FIGURES)
+    assert (rows["flops_kept"] <= rows["share"] * 1.001).all(), "more FLOPs are left than were asked for"
+
+
+def test_a_table_has_the_means_over_seeds_and_a_dash_where_nothing_was_run():
+    rows = pd.DataFrame(
+        {
+            "criterion": ["obd", "obd", "magnitude"],
+            "options": "{}",
+            "model": ["resnet20", "resnet20", "vit_small"],
+            "share": 0.5,
+            "compensate": False,
+            "accuracy_cut": [0.1, 0.3, 0.6],
+            "accuracy": [0.7, 0.8, 0.65],
+        }
+    )
+    lines = {line.split("|")[1].strip(): line for line in keep.shown(rows).splitlines()}
+    assert lines["OBD, empirical Fisher"] == "| OBD, empirical Fisher | – | 20.0 → 75.0 | – | – | – | – |"
+    assert lines["magnitude"].endswith("| – | 60.0 → 65.0 |")
 
 
 # ── a job of each kind, with small networks on a few random images ────────────────────────────────────────────────
