@@ -112,8 +112,14 @@ class DependencyGraph:
 
     def _repr_html_(self) -> str:
         head, *rows = [("group", "units", "produced by", "consumed by"), *self._rows()]
-        cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        names = "".join(f"<th>{name}</th>" for name in head)
+        left = ' style="text-align: left"'  # notebooks put tables to the right, which suits numbers
+        sides = (left, "", left, left)
+        lines = [
+            "".join(f"<td{side}>{html.escape(cell)}</td>" for side, cell in zip(sides, row, strict=True))
+            for row in rows
+        ]
+        cells = "".join(f"<tr>{line}</tr>" for line in lines)
+        names = "".join(f"<th{side}>{name}</th>" for side, name in zip(sides, head, strict=True))
         return f"<p>{html.escape(self._title())}</p><table><tr>{names}</tr>{cells}</table>"
 
     def draw(self, groups: Iterable[Group | str] | None = None) -> Figure:
