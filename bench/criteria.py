@@ -81,6 +81,9 @@ SHOWN = {
 STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "gate", *(label for label in GREEDY if "T=4" in label))
 """What is also scored anew before each of several steps, which takes a while."""
 
+WAYS: list[tuple[str, str | None]] = [("unit", None), ("flops", None), ("flops", "consumers")]
+"""What units are ranked per, and what is refitted."""
+
 SLOW = ("oracle", "quadratic")
 """Only where asked for by name: a pass over the data for every unit."""
 
@@ -109,6 +112,7 @@ class Run:
         self.rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.is_file() else []
         self.data = pl.data.cifar10("mini")
         self.test = list(pl.data.loader(self.data.test.subset(args.test), 250))
+        self.truths: dict[str, tuple[dict[str, list[int]], Tensor]] = {}
 
     def done(self, **key: Any) -> bool:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
@@ -119,25 +123,35 @@ class Run:
         self.path.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{text}\n]}}\n')
         tqdm.write("  ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
 
+    def asked(self, label: str) -> bool:
+        """Return whether a variant is wanted."""
+        return not self.args.labels or label in (SHOWN if self.args.labels == ["shown"] else self.args.labels)
+
     def batches(self, images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
         return list(pl.data.loader(self.data.train.subset(images, seed), 64))
+
+
+def sample(graph: pl.DependencyGraph, number: int, seed: int) -> dict[str, list[int]]:
+    """Return about so many units, from every group its share."""
+    generator, total = torch.Generator().manual_seed(seed), sum(group.size for group in graph.groups)
+    return {
+        group.name: torch.randperm(group.size, generator=generator)[
+            : max(2, round(number * group.size / total))
+        ].tolist()
+        for group in graph.groups
+    }
 
 
 def correlations(run: Run, network: str, images: int, seed: int) -> None:
     """Measure a random sample of units and compare all criteria with that."""
     wanted = criteria([name for name in run.args.criteria if name != "oracle"])
+    wanted = {label: made for label, made in wanted.items() if run.asked(label)}
     key = {"table": "correlation", "network": network, "images": images, "seed": seed}
     missing = {label: made for label, made in wanted.items() if not run.done(**key, criterion=label)}
     if not missing:
         return
     graph, batches = pl.trace(pl.zoo.load(network), INPUTS), run.batches(images, seed)
-    generator, total = torch.Generator().manual_seed(seed), sum(group.size for group in graph.groups)
-    units = {
-        group.name: torch.randperm(group.size, generator=generator)[
-            : max(2, round(run.args.units * group.size / total))
-        ].tolist()
-        for group in graph.groups
-    }
+    units = sample(graph, run.args.units, seed)
     start = time.perf_counter()
     truth = loss_changes(graph, batches, units)
     seconds = time.perf_counter() - start
@@ -163,18 +177,44 @@ def correlations(run: Run, network: str, images: int, seed: int) -> None:
         run.keep(key | row)
 
 
+def samples(run: Run, network: str, images: int, seed: int) -> None:
+    """Score on few or many images, and compare with what silencing costs on images that no criterion saw."""
+    wanted = {label: made for label, made in criteria(run.args.criteria).items() if run.asked(label)}
+    key = {"table": "samples", "network": network, "images": images, "seed": seed}
+    missing = {label: made for label, made in wanted.items() if not run.done(**key, criterion=label)}
+    if not missing:
+        return
+    graph, batches = pl.trace(pl.zoo.load(network), INPUTS), run.batches(images, seed)
+    units, truth = unseen(run, network, graph)
+    for label, criterion in missing.items():
+        scores = criterion(graph, batches)
+        found = torch.cat([scores[name][chosen].double() for name, chosen in units.items()])
+        run.keep(key | {"criterion": label, "units": len(found), "spearman": spearman(found, truth)})
+
+
+def unseen(run: Run, network: str, graph: pl.DependencyGraph) -> tuple[dict[str, list[int]], Tensor]:
+    """Return some units of every group and what silencing each costs on test images, measured once."""
+    if network not in run.truths:
+        units = sample(graph, run.args.units, 0)
+        changes = loss_changes(graph, run.test[:2], units)
+        run.truths[network] = units, torch.cat(list(changes.values()))
+    return run.truths[network]
+
+
 def cuts(run: Run, network: str, images: int, seed: int) -> None:
     """Cut to every share of the FLOPs, at once and in steps."""
     everything = criteria(run.args.criteria)
     if "gate" in run.args.criteria:
         everything |= {label: pl.criteria.Gate(**options) for label, options in GREEDY.items()}
+    everything = {label: made for label, made in everything.items() if run.asked(label)}
     model, batches = pl.zoo.load(network), run.batches(images, seed)
     whole = pl.count(model, INPUTS).flops
     for label, criterion in everything.items():
         for steps in run.args.steps if label in STEPPED else [1]:
             scores = None
-            ways = [("unit", None), ("flops", None), ("flops", "consumers")] if steps == 1 else [("flops", None)]
-            for per, compensate in ways:
+            for per, compensate in WAYS if steps == 1 else [("flops", None)]:
+                if per not in run.args.per:
+                    continue
                 for share in run.args.shares:
                     key = {"table": "cuts", "network": network, "images": images, "seed": seed}
                     key |= {"criterion": label, "steps": steps, "per": per, "flops": share, "compensate": compensate}
@@ -204,6 +244,8 @@ def factorizations(run: Run, network: str, images: int, seed: int) -> None:
     model, batches = pl.zoo.load(network), run.batches(images, seed)
     graph = pl.trace(model, INPUTS)
     for label, options in FACTORIZED.items():
+        if not run.asked(label):
+            continue
         scores = None
         for share in run.args.shares:
             key = {"table": "cuts", "network": network, "images": images, "seed": seed, "criterion": label}
@@ -257,16 +299,23 @@ def accuracies(network: str, steps: int, rows: list[dict[str, Any]]) -> Iterator
     """Yield the table of accuracies and losses after cuts."""
     shares = sorted(unique(rows, "flops"), reverse=True)
     how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
+    usual = max(unique(rows, "images"), key=[row["images"] for row in rows].count)
+    rows = [
+        row if row["images"] == usual else row | {"criterion": f"{row['criterion']}, {row['images']} images"}
+        for row in rows
+    ]
     yield f"## {network}: accuracy (loss) after cuts {how}"
     yield ""
-    yield f"Without fine-tuning; seeds of scoring images: {len(unique(rows, 'seed'))}."
+    several = len(unique(rows, "seed"))
+    more = f"; means ± deviations are over {several} seeds of these" if several > 1 else ""
+    yield f"Without fine-tuning, scored on {usual} images{more}."
     yield ""
     tuned = any("fine-tuned" in row for row in rows)
     head = ["criterion", "ranked per", *(f"{share:.0%} of the FLOPs" for share in shares)]
     head += [f"{share:.0%}, fine-tuned" for share in shares] if tuned else []
     body = []
     for label in unique(rows, "criterion"):
-        for per, compensate in (("unit", None), ("flops", None), ("flops", "consumers")):
+        for per, compensate in WAYS:
             own = [
                 row for row in rows if (row["criterion"], row["per"], row.get("compensate")) == (label, per, compensate)
             ]
@@ -302,45 +351,71 @@ def summary(rows: list[dict[str, Any]]) -> str:
                     row for row in found if row.get("flops") == share and row["steps"] == 1 and row["per"] == "flops"
                 ]
                 ways = [[row for row in here if row.get("compensate") == which] for which in (None, "consumers")]
-                means = [f"{mean(100 * row['accuracy'] for row in way):.1f}" for way in ways if way]
-                cells.append(" → ".join(means) or "–")
+                means = [spread([100 * row["accuracy"] for row in way], "{:.1f}") for way in ways if way]
+                cells.append(" → ".join(means).replace(" ± ", "±") or "–")
             body.append([shown, f"{mean(ranks):.2f}" if ranks else "–", *cells])
         lines += [*table(head, body), ""]
     return "\n".join(lines)
 
 
+def sizes_table(network: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of rank correlations on unseen images."""
+    sizes = sorted(unique(rows, "images"))
+    yield f"## {network}: how many images a score takes"
+    yield ""
+    seeds = ", ".join(str(len({row["seed"] for row in rows if row["images"] == size})) for size in sizes)
+    yield f"Rank correlation with what silencing {rows[0]['units']} units, one at a time, costs on 500 test images that"
+    yield f"no criterion saw; seeds of scoring images: {seeds}."
+    yield ""
+    body = []
+    for label in unique(rows, "criterion"):
+        own = [row for row in rows if row["criterion"] == label]
+        body.append([label, *(spread([row["spearman"] for row in own if row["images"] == size]) for size in sizes)])
+    yield from table(["criterion", *(f"{size} images" for size in sizes)], body)
+
+
+def ranks_table(network: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of rank correlations with the oracle on the same images."""
+    sizes = sorted(unique(rows, "images"))
+    seeds, units = len(unique(rows, "seed")), max(row["units"] for row in rows)
+    yield f"## {network}: rank correlation with the oracle"
+    yield ""
+    yield f"Up to {units} units, seeds of units and images: {seeds}; in brackets the mean within groups."
+    yield ""
+    body = []
+    for label in unique(rows, "criterion"):
+        own = [row for row in rows if row["criterion"] == label]
+        cells = []
+        for size in sizes:
+            here = [row for row in own if row["images"] == size]
+            inside = spread([row["within groups"] for row in here]).split(" ")[0]
+            cells.append(f"{spread([row['spearman'] for row in here])} ({inside})")
+        last = [row["seconds"] for row in own if row["images"] == sizes[-1]]
+        body.append([label, *cells, f"{mean(last):.1f}" if last else "–"])
+    oracle = mean(row["oracle seconds"] / row["units"] for row in rows if row["images"] == sizes[-1])
+    body.append(["oracle", *("1" for _ in sizes), f"{oracle:.2f} per unit"])
+    yield from table(["criterion", *(f"{size} images" for size in sizes), f"seconds, {sizes[-1]} images"], body)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return all tables."""
     lines = [
-        "`python bench/criteria.py` measures what `criteria.json` lacks and writes this page; a row there names its",
+        "`python bench/criteria.py` measures what `criteria.json` lacks and writes this page; a row there names its"
+        " network, seed and number of images. `bn_scale` has no line where no norm runs through a group, as in a"
+        " Transformer's heads and hidden layers.",
         "",
     ]
-    lines[0] += " network, seed and number of images. Correlations name the number of units measured (`--units`)."
-    for network in unique(rows, "network"):
-        found = [row for row in rows if row["network"] == network and row["table"] == "correlation"]
-        if found:
-            sizes = sorted(unique(found, "images"))
-            seeds, units = len(unique(found, "seed")), max(row["units"] for row in found)
-            lines += [f"## {network}: rank correlation with the oracle", ""]
-            lines += [f"{units} units, seeds of units and images: {seeds}; in brackets the mean within groups.", ""]
-            head = ["criterion", *(f"{size} images" for size in sizes), f"seconds, {sizes[-1]} images"]
-            body = []
-            for label in unique(found, "criterion"):
-                own = [row for row in found if row["criterion"] == label]
-                cells = []
-                for size in sizes:
-                    here = [row for row in own if row["images"] == size]
-                    inside = spread([row["within groups"] for row in here]).split(" ")[0]
-                    cells.append(f"{spread([row['spearman'] for row in here])} ({inside})")
-                last = [row["seconds"] for row in own if row["images"] == sizes[-1]]
-                body.append([label, *cells, f"{mean(last):.1f}" if last else "–"])
-            oracle = mean(row["oracle seconds"] / row["units"] for row in found if row["images"] == sizes[-1])
-            body.append(["oracle", *("1" for _ in sizes), f"{oracle:.2f} per unit"])
-            lines += [*table(head, body), ""]
-            lines += [*layers(found), ""]
-        found = [row for row in rows if row["network"] == network and row["table"] == "cuts"]
-        for steps in sorted(unique(found, "steps")):
-            lines += [*accuracies(network, steps, [row for row in found if row["steps"] == steps]), ""]
+    order = ["resnet20", "vgg13_narrow", "vit_small"]
+    for network in sorted(unique(rows, "network"), key=lambda name: (*order, name).index(name)):
+        own = [row for row in rows if row["network"] == network]
+        tables = {name: [row for row in own if row["table"] == name] for name in unique(own, "table")}
+        if "correlation" in tables:
+            lines += [*ranks_table(network, tables["correlation"]), "", *layers(tables["correlation"]), ""]
+        if "samples" in tables:
+            lines += [*sizes_table(network, tables["samples"]), ""]
+        cut = tables.get("cuts", [])
+        for steps in sorted(unique(cut, "steps")):
+            lines += [*accuracies(network, steps, [row for row in cut if row["steps"] == steps]), ""]
     return "\n".join(lines)
 
 
@@ -349,7 +424,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "vgg13_narrow", "vit_small"])
     parser.add_argument("--criteria", nargs="+", default=[n for n in pl.criteria.names() if n not in SLOW])
-    parser.add_argument("--tables", nargs="+", default=["correlation", "cuts"], choices=["correlation", "cuts"])
+    parser.add_argument(
+        "--labels", nargs="+", help='of these criteria only these variants; "shown": those of the README'
+    )
+    parser.add_argument("--per", nargs="+", default=["unit", "flops"], help="what units are ranked per in cuts at once")
+    parser.add_argument(
+        "--tables", nargs="+", default=["correlation", "cuts"], choices=["correlation", "samples", "cuts"]
+    )
     parser.add_argument("--images", nargs="+", type=int, default=[256], help="to score on")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of images and units")
     parser.add_argument("--units", type=int, default=150, help="to measure, about")
@@ -371,6 +452,8 @@ def main() -> None:
             for seed in args.seeds:
                 if "correlation" in args.tables:
                     correlations(run, network, images, seed)
+                if "samples" in args.tables:
+                    samples(run, network, images, seed)
                 if "cuts" in args.tables:
                     cuts(run, network, images, seed)
                     if "eigendamage" in run.args.criteria:
