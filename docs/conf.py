@@ -28,7 +28,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Types of other libraries: their inventories would have to be downloaded.
     (r"py:.*", r"(torch|torchvision|numpy|np|pandas|pd|matplotlib|ipywidgets|PIL|nn|collections|typing|pathlib)\..*"),
-    (r"py:.*", r"prunelab\..*\.(T|Kind)"),  # type variables
     (r"py:.*", r"Nested"),
     (r"py:.*", r"t\.Any"),  # as traitlets writes it
     (r"py:.*", r"(Tensor|Module|Path|Figure|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ABC|NamedTuple)"),

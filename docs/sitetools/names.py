@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from docutils import nodes
 from sphinx import addnodes
@@ -55,8 +55,8 @@ def _signature(app: Any, what: str, name: str, obj: Any, options: Any, signature
 
 
 @cache
-def _home(dotted: str) -> str | None:
-    """Return where the object of a dotted name was defined, as a dotted name; ``None`` if it names nothing."""
+def _object(dotted: str) -> Any:
+    """Return what a dotted name names; ``None`` if it names nothing."""
     parts = dotted.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -65,9 +65,15 @@ def _home(dotted: str) -> str | None:
             continue
         for part in parts[cut:]:
             found = getattr(found, part, None)
-        module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-        return f"{module}.{name}" if module and name else None
+        return found
     return None
+
+
+def _home(dotted: str) -> str | None:
+    """Return where the object of a dotted name was defined, as a dotted name; ``None`` where that is not known."""
+    found = _object(dotted)
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    return f"{module}.{name}" if module and name else None
 
 
 def _table(env: Any) -> dict[str, str]:
@@ -82,10 +88,12 @@ def _table(env: Any) -> dict[str, str]:
 
 
 def _missing(app: Any, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """Resolve a reference to where something was defined."""
+    """Resolve a reference to where something was defined; a type variable is no link."""
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target:
         return None
+    if isinstance(_object(target), TypeVar):
+        return content
     table = _table(env)
     name = table.get(target)
     if name is None and "." not in target:  # an annotation as it stands in the code: `Plan`
