@@ -6,7 +6,10 @@ Flows in: a model and example inputs.  Flows out: a ``Cost``, counted on tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+import time
+import timeit
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +18,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.batches import call, eval_mode
-from prunelab.errors import BatchError, PruneLabError
+from prunelab.errors import BatchError
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import size_with
 from prunelab.tracing.trace import DependencyGraph
+
+BLOCK = 0.005
+"""Seconds that a latency is measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +114,33 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
     Raises:
         BatchError: the model cannot take the inputs.
     """
-    try:
-        from torch.utils.benchmark import Timer  # here, since it looks for a compiler and, in older PyTorch, setuptools
-    except ImportError as error:
-        raise PruneLabError(
-            f"PyTorch's timer needs a package that is missing: {error}. Install it, then measure."
-        ) from error
     with eval_mode(model):
         call(model, example_inputs)
-        timer = Timer(
-            "call(model, inputs)",
-            globals={"call": call, "model": model, "inputs": example_inputs},
-            num_threads=torch.get_num_threads(),
-        )
-        measured = timer.blocked_autorange(min_run_time=seconds)
-    return Latency(median=measured.median, spread=measured.iqr)
+        times = _blocks(lambda: call(model, example_inputs), seconds)
+    quarter, _, three = statistics.quantiles(times) if len(times) > 1 else (0.0, 0.0, 0.0)
+    return Latency(median=statistics.median(times), spread=three - quarter)
+
+
+def _blocks(run: Callable[[], object], seconds: float) -> list[float]:
+    """Return the seconds that a call takes, block by block, where a block is long beside what the clock itself takes.
+
+    PyTorch has such a timer, but importing it looks for a compiler and, in older ones, for setuptools.
+    """
+    timer = timeit.Timer(run, timer=_clock)
+    number = 1
+    times: list[float] = []
+    while timer.timeit(number) < min(BLOCK, seconds):
+        number *= 2
+    end = _clock() + seconds
+    while not times or _clock() < end:
+        times.append(timer.timeit(number) / number)
+    return times
+
+
+def _clock() -> float:
+    if torch.accelerator.is_available():  # which works on after a call has returned
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class CostModel:
