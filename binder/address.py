@@ -1,0 +1,75 @@
+"""Write where the repository is public into all places that need to know: ``python binder/address.py ADDRESS``.
+
+The place to look it up is ``[project.urls]`` in pyproject.toml.  From it follow the badges in README.md, which open the
+tour on Binder and on Colab, and ``REPOSITORY`` in the setup cell of every notebook.  Without an address there are none
+of these; a test compares them.  Saved outputs stay.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parents[1]
+TOUR = "notebooks/00_tour.ipynb"
+URLS = re.compile(r'\n\[project\.urls\]\nRepository = "([^"]*)"\n')
+BADGES = re.compile(r"(<!-- badges[^\n]*-->\n).*?(<!-- /badges -->)", re.DOTALL)
+SETUP = re.compile(r'(REPOSITORY = )\\"[^"]*\\"')
+
+
+def binder(address: str) -> str:
+    """Return the address at which Binder builds the repository and opens the tour in JupyterLab."""
+    github = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
+    where = f"gh/{github[1]}" if github else f"git/{quote(address, safe='')}"
+    return f"https://mybinder.org/v2/{where}/HEAD?urlpath=lab/tree/{TOUR}"
+
+
+def colab(address: str) -> str | None:
+    """Return the address at which Colab opens the tour; it knows repositories on GitHub only."""
+    github = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
+    return f"https://colab.research.google.com/github/{github[1]}/blob/HEAD/{TOUR}" if github else None
+
+
+def badges(address: str) -> str:
+    """Return the lines between the marks in README.md: none without an address."""
+    if not address:
+        return ""
+    line = f"[![Open on Binder](https://mybinder.org/badge_logo.svg)]({binder(address)})"
+    if place := colab(address):
+        line += f"\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({place})"
+    return f"{line}\n"
+
+
+def published(root: Path = ROOT) -> str:
+    """Return the address that pyproject.toml names, or nothing."""
+    found = URLS.search((root / "pyproject.toml").read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
+def publish(address: str, root: Path = ROOT) -> None:
+    """Write the address into pyproject.toml, README.md and the notebooks; an empty one removes it."""
+    address = address.rstrip("/").removesuffix(".git")
+    if address and not re.fullmatch(r"https://[\w.-]+/[\w./~-]+", address):
+        raise SystemExit(f"{address} is not the address of a repository, such as https://HOST/OWNER/NAME.")
+    project = URLS.sub("", (root / "pyproject.toml").read_text(encoding="utf-8"))
+    if address:
+        urls = f'\n[project.urls]\nRepository = "{address}"\n'
+        project = project.replace(
+            "\n[project.optional-dependencies]\n", f"{urls}\n[project.optional-dependencies]\n", 1
+        )
+    changed = {root / "pyproject.toml": project}
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    changed[root / "README.md"] = BADGES.sub(lambda found: found[1] + badges(address) + found[2], readme)
+    for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        text = path.read_text(encoding="utf-8")
+        changed[path] = SETUP.sub(lambda found: f'{found[1]}\\"{address}\\"', text, count=1)
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    publish(sys.argv[1])

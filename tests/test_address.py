@@ -1,0 +1,97 @@
+"""Where the repository is public stands in one place, and what follows from it agrees; Binder opens what it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GITHUB, ELSEWHERE = "https://github.com/someone/some.where", "https://git.example.org/group/prunelab"
+
+spec = importlib.util.spec_from_file_location("binder_address", ROOT / "binder" / "address.py")
+address = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(address)
+
+
+def setups(root: Path) -> set[str]:
+    paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    books = [nbformat.read(path, as_version=4) for path in paths]
+    return {
+        re.search(r'^REPOSITORY = "(.*?)"', cell.source, re.M)[1]
+        for b in books
+        for cell in b.cells
+        if cell.id == "setup"
+    }
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The files that name the address, without one."""
+    (tmp_path / "notebooks").mkdir()
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        *(f"notebooks/{path.name}" for path in ROOT.glob("notebooks/0[0-2]_*")),
+    ):
+        shutil.copy(ROOT / name, tmp_path / name)
+    address.publish("", tmp_path)
+    return tmp_path
+
+
+def test_badges_and_setup_cells_follow_from_pyproject():
+    known = address.published()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = address.BADGES.search(readme)
+    assert found, "README.md has lost the marks between which badges stand"
+    assert found[0] == found[1] + address.badges(known) + found[2], "run `python binder/address.py ADDRESS`"
+    assert setups(ROOT) == {known}
+
+
+@pytest.mark.parametrize("where", [GITHUB, ELSEWHERE])
+def test_an_address_is_written_everywhere_and_can_be_taken_back(copy, where):
+    before = files(copy)
+    address.publish(f"{where}.git", copy)
+    assert address.published(copy) == where
+    assert setups(copy) == {where}
+    readme = (copy / "README.md").read_text(encoding="utf-8")
+    assert address.binder(where) in readme
+    assert ("colab.research" in readme) == (where == GITHUB)
+    for path in (copy / "notebooks").glob("*.ipynb"):
+        json.loads(path.read_text(encoding="utf-8"))
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        project = tomllib.loads((copy / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert project["urls"] == {"Repository": where}
+        assert "notebooks" in project["optional-dependencies"]
+    address.publish(where, copy)
+    address.publish("", copy)
+    assert files(copy) == before
+
+
+def test_the_badges_open_the_tour_which_exists():
+    assert address.binder(GITHUB) == (
+        "https://mybinder.org/v2/gh/someone/some.where/HEAD?urlpath=lab/tree/notebooks/00_tour.ipynb"
+    )
+    assert "git/https%3A%2F%2Fgit.example.org%2Fgroup%2Fprunelab/HEAD?" in address.binder(ELSEWHERE)
+    assert address.colab(GITHUB).endswith("/github/someone/some.where/blob/HEAD/notebooks/00_tour.ipynb")
+    assert (ROOT / address.TOUR).is_file()
+
+
+@pytest.mark.parametrize("wrong", ["prunelab", "git@github.com:someone/x", 'https://a.org/x"y', "https://a.org"])
+def test_what_is_no_address_is_refused_and_nothing_is_written(copy, wrong):
+    before = files(copy)
+    with pytest.raises(SystemExit, match="is not the address of a repository"):
+        address.publish(wrong, copy)
+    assert files(copy) == before
