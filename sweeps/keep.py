@@ -71,8 +71,11 @@ def shown(rows: pd.DataFrame) -> str:
 def block(rows: pd.DataFrame, about: dict) -> str:
     """Return what stands in the README: the table, a figure, and how it came about."""
     whole = ", ".join(f"{100 * value:.1f} % ({name})" for name, value in about["whole"].items())
-    last, minutes = about["calls"][-1], sum(call.get("seconds") or 0 for call in about["calls"]) / 60
-    called = "one call" if len(about["calls"]) == 1 else f"{len(about['calls'])} calls"
+    calls = about["calls"]
+    whole_calls = all("seconds" in call for call in calls)  # one that was stopped has none
+    took = f"in {sum(call['seconds'] for call in calls) / 60:.0f} minutes" if whole_calls else "done"
+    called = f"{took} by one call" if len(calls) == 1 else f"{took} by {len(calls)} calls"
+    last = calls[-1]
     image = (RESULTS / FIGURES[0]).relative_to(ROOT).as_posix()
     return "\n".join(
         [
@@ -80,8 +83,8 @@ def block(rows: pd.DataFrame, about: dict) -> str:
             "",
             f"![Accuracy of ResNet-20 against the FLOPs that are left, a line for each criterion]({image})",
             "",
-            f"{about['done']} jobs in {minutes:.0f} minutes and {called}; {last['hardware']}; torch {last['torch']}, "
-            f"commit {last['commit']}. Before any cut the networks have {whole}.",
+            f"{about['done']} jobs, {about['minutes_of_all_jobs']:.0f} minutes together, {called}; {last['hardware']}; "
+            f"torch {last['torch']}, commit {last['commit']}. Before any cut the networks have {whole}.",
             "",
         ]
     )

@@ -98,6 +98,29 @@ def test_a_folder_named_imagenet_is_numbered_by_its_folders(own, monkeypatch):
     assert images.classes == 2 and images.train.targets.bincount().tolist() == [8, 8]
 
 
+def test_archives_of_imagenet_are_unpacked_by_torchvision(own, tmp_path, monkeypatch):
+    """Three large archives, of which torchvision checks the sums; here a stand-in moves folders into place."""
+    from prunelab.data import files
+
+    root, asked = tmp_path / "archives", []
+    root.mkdir()
+    (root / files.DEVKIT).write_text("")
+
+    def unpack(place, split):
+        asked.append(split)
+        (own / split).rename(root / split)
+
+    monkeypatch.setattr(files, "TorchvisionImageNet", unpack)
+    assert pl.data.imagenet(root).classes == 2 and asked == ["train", "val"]
+    assert len(pl.data.imagenet(root).test) == 6 and asked == ["train", "val"]  # unpacked once
+
+
+def test_damaged_archives_of_imagenet_are_an_error(tmp_path):
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_text("nonsense")
+    with pytest.raises(pl.DataError, match="archives in .* cannot be unpacked: .*corrupted"):
+        pl.data.imagenet(tmp_path)
+
+
 def test_an_unknown_class_in_the_test_set_is_an_error(own):
     picture(own / "val" / "emu" / "0.png", (300, 300), (0, 0, 0))
     with pytest.raises(pl.DataError, match="val has a class 'emu' that the training set in .*train lacks"):
