@@ -90,7 +90,7 @@ class Explorer(ipywidgets.VBox):
         self.caption.value = "drawing …"
         if self._waiting is not None:
             self._waiting.cancel()
-        behind = loop.time() - self._drawn < LONG_PAUSE
+        behind = loop.time() - self._drawn < PAUSE  # nobody answers a figure that quickly: it waited in the queue
         self._waiting = loop.call_later(LONG_PAUSE if behind else PAUSE, self._follow)
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 
 import ipywidgets
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 import prunelab as pl
 from prunelab.errors import PruneLabError
 from prunelab.plots import picture
-from prunelab.widgets import PAUSE, budget_slider, explore
+from prunelab.widgets import LONG_PAUSE, PAUSE, budget_slider, explore
 
 
 @pytest.fixture
@@ -106,6 +107,39 @@ def test_of_a_queue_of_moves_the_last_alone_is_drawn():
     assert asyncio.run(drag()) == "drawing …"
     assert drawn == [0, 3]
     assert widget.caption.value == "number 3"
+
+
+def test_a_move_that_was_made_while_a_figure_was_drawn_waits_longer_for_the_next():
+    def draw(number: int):
+        time.sleep(2 * PAUSE * (number > 0))
+        drawn.append(number)
+        return picture(), f"number {number}"
+
+    async def drag() -> None:
+        loop = asyncio.get_running_loop()
+        widget.controls["number"].value = 1
+        loop.call_later(1.5 * PAUSE, setattr, widget.controls["number"], "value", 2)  # comes up after the first figure
+        await asyncio.sleep(4 * PAUSE)
+        widget.controls["number"].value = 3
+        await asyncio.sleep(LONG_PAUSE + 4 * PAUSE)
+
+    drawn: list[int] = []
+    widget = explore(draw, number=range(5))
+    asyncio.run(drag())
+    assert drawn == [0, 1, 3]
+
+
+def test_a_state_that_cannot_be_drawn_says_why():
+    async def move() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context["exception"]))
+        widget.controls["number"].value = 2
+        await asyncio.sleep(3 * PAUSE)
+
+    raised: list[Exception] = []
+    widget = explore(lambda number: (picture(), str(1 / (number - 2))), number=range(3))
+    asyncio.run(move())
+    assert widget.caption.value.startswith("Not drawn: ZeroDivisionError: ")
+    assert [type(error) for error in raised] == [ZeroDivisionError]
 
 
 def test_python_looks_for_garbage_after_the_figure_was_shown_and_not_while_it_is_drawn():
