@@ -22,7 +22,7 @@ from tests.browser.reader import Answer, Widget, label, moves, run_all
 
 SLOWEST = 1.0
 """Seconds for the answer to most moves, on a machine that does other things too; the aim on two free cores is 0.3."""
-RUN = 300
+RUN = 600
 """Seconds for a notebook."""
 LARGEST = 150_000
 """Bytes of a screenshot."""
@@ -93,7 +93,10 @@ def test_a_reader_moves_every_control(case: Case, page: Page, address: str, fold
 
 
 def keep(picture: bytes, path: Path) -> None:
-    """Write a screenshot in as few bytes as it needs with all its colours; they are small as they are."""
+    """Write a screenshot; with 256 colours alone, where all of them take too many bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(io.BytesIO(picture)).convert("RGB").save(path, optimize=True)
-    assert path.stat().st_size < LARGEST, f"{path.name} has {path.stat().st_size:,} bytes"
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.save(path, optimize=True)
+    if path.stat().st_size > LARGEST:
+        image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size <= LARGEST, f"{path.name} has {path.stat().st_size:,} bytes"
