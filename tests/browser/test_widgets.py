@@ -45,14 +45,14 @@ COURSE = [
     Case("04_obd", ("slider", "slider"), {"layer_images": 500, "curvature_images": 50, "probes": 6}),
     Case("05_obs", ("list",), {"layer_images": 500}),
     Case("06_obd_or_obs", ("slider", "buttons")),
-    Case("07_kfac", ("list", "slider", "buttons")),
+    Case("07_kfac", ("buttons", "slider", "buttons")),
     Case("08_eigendamage", ("buttons", "slider"), {"samples": 160, "curve_images": 250}),
     Case("09_oba", ("list", "list", "buttons"), {"samples": 32, "units": 6, "epochs": 1}),
     Case("10_oracle", ("list", "list"), {"images": 64, "units": 50}),
     Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),
     Case("12_iterative", ("slider", "buttons"), {"test_images": 200}),
     Case("13_transformers", ("grid",)),
-    Case("14_unstructured", ("slider", "list"), {"scoring_images": 125, "finetune_images": 500, "latency_images": 4}),
+    Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500, "latency_images": 4}),
 ]
 WHOLE = "00_tour"
 """The notebook that readers open first is run to its end."""
