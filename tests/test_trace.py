@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.collections import PolyCollection
 from torch import Tensor, nn
 
 import prunelab as pl
@@ -274,7 +274,7 @@ def test_a_drawing_has_a_box_per_layer_in_the_colour_of_its_group():
     assert {name for name, module in graph.model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))} <= {
         *labels
     }
-    boxes = {text.get_text(): box.get_facecolor() for text, box in _boxes(figure)}
+    boxes = {text.get_text(): tuple(colour) for text, colour in _boxes(figure)}
     assert boxes["conv1"] == boxes["layer1.2.conv2"] != boxes["layer1.0.conv1"]
     assert boxes["fc"] == boxes["input"]
     numbers = [text.get_text() for text in figure.axes[0].texts if text.get_gid() == "number"]
@@ -299,6 +299,7 @@ def test_a_drawing_of_joined_channels_has_their_colours_side_by_side():
 
 
 def _boxes(figure):
+    """Yield the label and the colour of every box."""
     axes = figure.axes[0]
-    rectangles = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    return zip([text for text in axes.texts if text.get_gid() != "number"], rectangles, strict=True)
+    (boxes,) = [one for one in axes.collections if isinstance(one, PolyCollection)]
+    return zip([text for text in axes.texts if text.get_gid() != "number"], boxes.get_facecolors(), strict=True)
