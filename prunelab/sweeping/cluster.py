@@ -9,7 +9,9 @@ import contextlib
 import importlib.util
 import logging
 import os
+import sys
 import types
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from prunelab.io import atomic
 from prunelab.sweeping import gpus, kernel, work
 
 Record = dict[str, Any]
+LOOK = 5
+"""Seconds between two looks for workers that have come or gone."""
 
 
 def default_workers(gpus_per_job: int | None) -> int:
@@ -58,13 +62,13 @@ def on_dask(
     try:
         import cloudpickle
         import dask
-        from distributed import CancelledError, Client, KilledWorker, LocalCluster, as_completed
+        from distributed import Client, LocalCluster
     except ImportError as error:
         raise PruneLabError(f"Sweeps on several workers need Dask ({error}): pip install 'prunelab[sweep]'.") from error
     code = carried(cloudpickle)
     function = types.FunctionType(_call.__code__, {}, "run_job")  # of no module, so that workers do not look for one
     settings = {
-        "distributed.scheduler.allowed-failures": retries,
+        "distributed.scheduler.allowed-failures": 0,
         "distributed.comm.timeouts.connect": "20s",
         "distributed.worker.daemon": False,
     }
@@ -72,6 +76,7 @@ def on_dask(
         logging.getLogger("distributed").setLevel(logging.ERROR)
         try:
             if scheduler is None:
+                stack.enter_context(_hidden_script())
                 cluster = stack.enter_context(
                     LocalCluster(
                         n_workers=workers,
@@ -93,22 +98,64 @@ def on_dask(
             )
             raise PruneLabError(f"{where}: {error}") from error
         tell(_where(client, scheduler, workers))
-        futures = {client.submit(function, code, job, key=_key(job), pure=False, retries=retries): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                job = futures.pop(future)
+        yield from _handed_out(
+            client, lambda job: client.submit(function, code, job, key=_key(job), pure=False), jobs, retries
+        )
+
+
+def _handed_out(
+    client: Any, submit: Callable[[dict[str, Any]], Any], jobs: list[dict[str, Any]], retries: int
+) -> Generator[Record]:
+    """Yield records of jobs, of which no more are with the scheduler at a time than its workers have threads.
+
+    It would give all of them to workers at once, and some to one that is held up by a long job while others are free.
+    """
+    from distributed import CancelledError, KilledWorker, TimeoutError, wait
+
+    waiting, running, losses = deque(jobs), {}, Counter[str]()  # type: ignore[var-annotated]
+    room = 1
+    try:
+        while waiting or running:
+            with contextlib.suppress(OSError, ValueError, TimeoutError):
+                room = max(sum(client.nthreads().values()), 1)
+            while waiting and len(running) < room:
+                job = waiting.popleft()
+                running[submit(job)] = job
+            with contextlib.suppress(TimeoutError, CancelledError):
+                wait(list(running), timeout=LOOK, return_when="FIRST_COMPLETED")
+            for future in [future for future in running if future.status != "pending"]:
+                job = running.pop(future)
                 try:
                     yield future.result()
                 except KilledWorker:
+                    losses[job["name"]] += 1
+                    if losses[job["name"]] <= retries:
+                        waiting.appendleft(job)
+                        continue
                     message = f"its worker was lost {retries + 1} times, perhaps killed by the system for its memory"
                     yield work.lost(job, message)
                 except CancelledError:
-                    raise PruneLabError(f"The scheduler at {scheduler or 'this machine'} is gone.") from None
+                    raise PruneLabError(f"The scheduler at {client.scheduler.address} is gone.") from None
                 except OSError as error:  # the folder cannot be written there
                     raise PruneLabError(f"A worker cannot write to {job['folder']}: {error}") from error
-        finally:
-            with contextlib.suppress(Exception):
-                client.cancel(list(futures))
+    finally:
+        with contextlib.suppress(Exception):
+            client.cancel(list(running))
+
+
+@contextlib.contextmanager
+def _hidden_script() -> Generator[None]:
+    """Keep new processes from running the script that calls this once more, as multiprocessing would have it.
+
+    They would start another sweep, if it is not under ``if __name__ == "__main__":``, and import whatever it does.
+    """
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
 
 
 def carried(cloudpickle: Any) -> bytes:
@@ -146,8 +193,8 @@ def _where(client: Any, scheduler: str | Path | None, workers: int) -> str:
     if scheduler is None:
         said = f"{workers} worker{'s' * (workers > 1)} on this machine"
     else:
-        there = client.scheduler_info(n_workers=-1)["workers"]
-        found, threads = len(there), max([worker["nthreads"] for worker in there.values()], default=1)
+        there = client.nthreads()
+        found, threads = len(there), max(there.values(), default=1)
         said = f"{found} worker{'s' * (found != 1)} at {client.scheduler.address}"
         if not found:
             said += ", which is waited for"

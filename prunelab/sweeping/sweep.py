@@ -54,8 +54,6 @@ def sweep(
     Called again, it runs only what is missing, has failed, or has changed: parameters, the notebook's code, the
     package, or a file that a parameter names.  A job that fails is noted, with its notebook, and stops no other.
 
-    In a script, call it under ``if __name__ == "__main__":``, since workers are new processes.
-
     Args:
         notebook: with a cell tagged ``parameters``; or a YAML file that holds notebook, grid and limits.
         grid: values by parameter, of which every combination is run; or a list of cases, each with its parameters.
