@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
+import prunelab as pl
+from prunelab.sweeping.explore import EXAMPLE
 from tests.browser.lab import copy
 from tests.browser.reader import Answer, Widget, label, moves, run_all
 
@@ -52,7 +54,10 @@ COURSE = [
     Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),
     Case("12_iterative", ("slider", "buttons"), {"test_images": 200}),
     Case("13_transformers", ("grid",)),
-    Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500, "latency_images": 4}),
+    Case(
+        "14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500, "latency_images": 4}
+    ),
+    Case("15_shootout", ("buttons", "buttons", "list"), {"epochs": 0.1, "test_images": 200, "scoring": 100}),
 ]
 WHOLE = "00_tour"
 """The notebook that readers open first is run to its end."""
@@ -67,6 +72,8 @@ def end_with_widget(path: Path) -> None:
 
 @pytest.mark.parametrize("case", COURSE, ids=lambda case: case.notebook)
 def test_a_reader_moves_every_control(case: Case, page: Page, address: str, folder: Path, request, record_property):
+    if case.notebook == "15_shootout" and not (pl.data.root() / EXAMPLE).is_file():
+        pytest.skip("no sweep comes with prunelab yet, and a single run leaves nothing to choose")
     path = copy(case.notebook, folder / "notebooks", case.parameters)
     if case.notebook != WHOLE:
         end_with_widget(path)
