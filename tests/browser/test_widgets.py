@@ -54,9 +54,7 @@ COURSE = [
     Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),
     Case("12_iterative", ("slider", "buttons"), {"test_images": 200}),
     Case("13_transformers", ("grid",)),
-    Case(
-        "14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500}
-    ),
+    Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500}),
     Case("15_shootout", ("buttons", "buttons", "list"), {"epochs": 0.1, "test_images": 200, "scoring": 100}),
 ]
 WHOLE = "00_tour"
