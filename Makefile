@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks test-browser papermill claims zoo bench docs format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks test-browser test-matrix papermill claims zoo bench docs format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ notebooks: setup ## run every notebook from top to bottom (pytest with nbval)
 test-browser: setup ## move every widget in JupyterLab, in a real browser; needs chromium; ONLY="-k 13_" for some
 	@echo "== widgets in a browser"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(JOBS) --dist load tests/browser $(ONLY)
+
+test-matrix: setup ## run the tests with the oldest and newest PyTorch, on Python 3.10 to 3.13; writes docs/matrix.md (hours)
+	@$(RUN) -m tests.matrix --jobs $(JOBS)
 
 papermill: setup ## run every notebook once more, with other parameters than its own
 	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
