@@ -95,8 +95,8 @@ def markdown(kept: dict[str, Any]) -> str:
 
 TEXT = """# How much memory the notebooks take
 
-What `python -m bench.memory` measured: the largest resident set of each notebook's kernel in MB (2²⁰ bytes), by build of
-PyTorch, and what of it was there after the import. The heaviest notebook takes {most}. A build for the CPU, such as
+What `python -m bench.memory` measured: the largest resident set of each notebook's kernel, in MB (2²⁰ bytes), by build
+of PyTorch, and what of it was there after the import. The heaviest notebook takes {most}. A build for the CPU, such as
 Binder's, imports in half of what one with CUDA takes. JupyterLab's server takes about 100 MB beside the kernel.
 
 {table}
