@@ -78,8 +78,9 @@ claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md
 zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
 	@$(RUN) -m bench.zoo --out bench/zoo.md
 
-bench: $(BENCH) ## all measurements beside other libraries, into bench/peers.md; QUICK=1 for a short run, DATA=full for all of CIFAR-10
+bench: $(BENCH) ## measure it beside other libraries, into bench/peers.md; QUICK=1 is short, DATA=full uses all of CIFAR-10
 	@$(RUN) -m bench.peers $(if $(QUICK),--quick) --data $(or $(DATA),mini)
+	@$(if $(QUICK),,$(RUN) -m bench.peers --readme)
 
 docs: $(DOCS) ## build the site from notebooks, pages and docstrings into out/site, and check its links
 	@rm -rf $(OUT)/site $(OUT)/site-doctrees

@@ -93,8 +93,8 @@ def about() -> Iterator[str]:
     base = ", ".join(f"{name} {value}" for name, value in BASE.items())
     yield (
         f"A residual network on noise of 32 × 32 pixels; one of these grows, the rest stays: {base}. *Gate* is with "
-        "one sampled label. The exponent p of cost ~ size^p is fitted to all sizes, for time and, in brackets, memory; a "
-        "step that does not look at something has p near 0. Memory below 1 MB counts as none."
+        "one sampled label. The exponent p of cost ~ size^p is fitted to all sizes, for time and, in brackets, "
+        "memory; a step that does not look at something has p near 0. Memory below 1 MB counts as none."
     )
 
 

@@ -94,15 +94,24 @@ def errors(rows: Iterable[Row], case: str, method: str) -> Iterator[str]:
         yield from ["", "What failed, in its own words:", "", *lines]
 
 
-def ratio_lines(kept: dict[str, Any]) -> list[str]:
-    """Return the table of ratios, of whatever was measured; the README shows it."""
+def ratio_lines(kept: dict[str, Any], *, goals: bool = False) -> list[str]:
+    """Return the table of ratios, of whatever was measured; with `goals`, only of what has one, accuracies apart."""
     body = []
     for name in TABLES:
         rows = chosen(kept["rows"], table=name)
         for ratio in importlib.import_module(f"bench.peers.{name}").ratios(rows) if rows else []:
+            if goals and (not ratio.goal or name == "quality"):
+                continue
             verdict = "" if not ratio.goal else f"{ratio.goal}: {'met' if ratio.met else 'missed'}"
             body.append((ratio.what, ratio.against, times(ratio.value), ratio.over, verdict))
     return list(table(["what", "against", "ratio", "median over", "goal"], body, text=2)) if body else []
+
+
+def summary(kept: dict[str, Any]) -> list[str]:
+    """Return what the README shows: the ratios that have a goal, and the best accuracies of each side."""
+    rows = chosen(kept["rows"], table="quality")
+    best = importlib.import_module("bench.peers.quality").best(rows) if rows else []
+    return [*ratio_lines(kept, goals=True), "", *best]
 
 
 def markdown(kept: dict[str, Any]) -> str:

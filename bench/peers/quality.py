@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import prunelab as pl
 from bench.peers import their_pruner
@@ -88,9 +89,12 @@ def ways(model: nn.Module, batches: list, quick: bool) -> Iterator[tuple[str, st
         yield "prunelab", name, "compensated", lambda share, cut=cut: cut(share, batches)
     for name in QUICK[1] if quick else their_pruner.IMPORTANCES:
         make = their_pruner.IMPORTANCES[name]
-        for how in ("cut", "cut, isomorphic") if name in ISOMORPHIC and not quick else ("cut",):
-            isomorphic = how != "cut"
-            yield "Torch-Pruning", name, how, _theirs(model, make, batches, isomorphic)
+        theirs = _theirs(model, make, batches, isomorphic=False)
+        yield "Torch-Pruning", name, "cut", theirs
+        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            yield "Torch-Pruning", name, "batch norm anew", lambda share, theirs=theirs: _anew(theirs(share), batches)
+        if name in ISOMORPHIC and not quick:
+            yield "Torch-Pruning", name, "isomorphic", _theirs(model, make, batches, isomorphic=True)
 
 
 def _scores(graph: pl.DependencyGraph, name: str, options: dict[str, Any], batches: list) -> pl.Scores:
@@ -106,6 +110,12 @@ def _theirs(model: nn.Module, make: their_pruner.Cut, batches: list, isomorphic:
         return their_pruner.at_flops(own, scored(), share, isomorphic)
 
     return cut
+
+
+def _anew(small: nn.Module, batches: list) -> nn.Module:
+    """Measure the statistics of batch norms once more, which anyone can do without training."""
+    update_bn(batches, small)
+    return small.eval()
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -151,10 +161,12 @@ def about() -> Iterator[str]:
         f"The repository's checkpoints, cut at once over the whole network. Data-driven scores see {SCORING} training "
         "images (`quadratic` and `oracle` a quarter of them). prunelab's plan meets the FLOPs; the pruner of "
         "Torch-Pruning removes a share of the channels, so its `pruning_ratio` is searched until the result, counted "
-        "alike, has as many FLOPs at most. Its options are its defaults, ranking globally, for three importances isomorphically too; "
-        "a Transformer's heads are named to it. *Hessian* is its code as it is, which keeps the last sample only; *all "
-        "samples counted* is ours, on top of its class. Compensation refits what is left on the same images, without "
-        f"labels; Torch-Pruning has none. The fine-tune is one pass over {TUNING:,} training images, untuned."
+        "alike, has as many FLOPs at most. Its options are its defaults, ranking globally, for three importances "
+        "isomorphically too; a Transformer's heads are named to it. *Hessian* is its code as it is, which keeps the "
+        "last sample only; *all samples counted* is ours, on top of its class. Compensation refits what is left on the "
+        "same images, without labels; Torch-Pruning has none, so that *batch norm anew* shows what measuring those "
+        "statistics again does, which is there for anyone. The fine-tune is one pass over "
+        f"{TUNING:,} training images, untuned."
     )
 
 
@@ -198,6 +210,26 @@ def markdown(found: list[Row]) -> Iterator[str]:
             yield from ["", "What failed, in its own words:", ""]
             yield from (f"- {who}, {name}: `{error.replace('`', chr(39))}`" for who, name, error in sorted(failed))
         yield ""
+
+
+def best(found: list[Row]) -> Iterator[str]:
+    """Yield a table of the best accuracy of each side, with its criterion."""
+    shares = sorted(unique([row for row in found if row["who"] != "–"], "share"), reverse=True)
+    body = []
+    for network in unique(found, "network"):
+        for who, how, kind in (
+            ("prunelab", "compensated", "compensated"),
+            ("prunelab", None, "without compensation"),
+            ("Torch-Pruning", None, "best of all"),
+        ):
+            cells = [network, f"{who}, {kind}"]
+            for share in shares:
+                own = [row for row in chosen(found, network=network, who=who, share=share) if "accuracy" in row]
+                own = [row for row in own if (row["how"] == how if how else row["how"] != "compensated")]
+                top = max(own, key=lambda row: row["accuracy"], default=None)
+                cells.append(f"{100 * top['accuracy']:.1f} ({top['criterion']})" if top else "–")
+            body.append(cells)
+    yield from table(["accuracy in %", "best", *(f"{share:.0%} of the FLOPs" for share in shares)], body, text=2)
 
 
 def ratios(found: list[Row]) -> list[Ratio]:
