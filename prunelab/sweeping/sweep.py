@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -114,7 +115,8 @@ def _made(notebook: str | Path, grid: Any, parameters: Any, limits: Mapping[str,
 def _check_folder(folder: Path, made: Grid) -> None:
     path = folder / records.MANIFEST
     if not path.exists():
-        others = [item.name for item in folder.iterdir() if item.name not in (".lock", "jobs", "report")]
+        others = [item.name for item in folder.iterdir() if item.name not in ("jobs", "report")]
+        others = [name for name in others if not name.startswith(".")]  # what was killed in the middle of a file
         if others:
             raise PruneLabError(f"{folder} holds no sweep but {', '.join(sorted(others)[:3])}: give an empty folder.")
         return
@@ -151,7 +153,9 @@ def _run(
     if not missing:
         return
     for stale in folder.glob(f"jobs/*/{ATTEMPT}*"):
-        _remove(stale)
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in [*folder.glob(".*.tmp"), *folder.glob("jobs/*/.*.tmp")]:
+        stale.unlink(missing_ok=True)
     plain = [
         {
             "name": job.name,
@@ -259,12 +263,6 @@ def _write_manifest(
     }
     with replacing(path) as fresh:
         fresh.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _silent(said: str) -> None:
