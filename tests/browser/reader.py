@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import FloatRect, Locator, Page
 
 from tests.browser.lab import START
 
@@ -145,9 +145,10 @@ def label(kind: str, control: Locator) -> str:
 def moves(kind: str, control: Locator) -> Iterator[Callable[[], None]]:
     """Yield a few moves that a reader would make with a control; each changes its value."""
     if kind == "slider":
-        yield lambda: drag(control, 0.1)
-        yield lambda: drag(control, 0.9)
-        yield lambda: control.locator(".noUi-handle").press("ArrowLeft")
+        near, far, back = (0, 1, "ArrowRight") if place_of(control) < 0.5 else (1, 0, "ArrowLeft")
+        yield lambda: drag(control, far)
+        yield lambda: drag(control, near)
+        yield lambda: control.locator(".noUi-handle").press(back)
     elif kind == "list":
         choices = control.locator("option").count()
         start = int(control.locator("select").evaluate("(list) => list.selectedIndex"))
@@ -163,13 +164,25 @@ def moves(kind: str, control: Locator) -> Iterator[Callable[[], None]]:
             yield buttons.nth(place).click
 
 
+def boxes_of(slider: Locator) -> tuple[FloatRect, FloatRect]:
+    """Return where a slider's handle is, and its rail."""
+    handle, rail = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-target").bounding_box()
+    assert handle and rail
+    return handle, rail
+
+
+def place_of(slider: Locator) -> float:
+    """Return the share of its way at which a slider stands."""
+    handle, rail = boxes_of(slider)
+    return (handle["x"] + handle["width"] / 2 - rail["x"]) / rail["width"]
+
+
 def drag(slider: Locator, share: float) -> None:
     """Drag the handle of a slider with the mouse to a share of its way, with stops in between."""
     page = slider.page
-    handle, rail = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-target").bounding_box()
-    assert handle and rail
-    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
-    page.mouse.move(x, y)
+    handle, rail = boxes_of(slider)
+    y = handle["y"] + handle["height"] / 2
+    page.mouse.move(handle["x"] + handle["width"] / 2, y)
     page.mouse.down()
     page.mouse.move(rail["x"] + share * rail["width"], y, steps=8)
     page.mouse.up()
