@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab.errors import TraceError
 from prunelab.tracing import shortcut
-from prunelab.tracing.fakes import fake_inputs, fake_mode, fake_model
+from prunelab.tracing.fakes import fake_inputs, fake_mode, fake_model, select
 from prunelab.tracing.shortcut import Shortcut
 
 
@@ -116,6 +116,16 @@ def test_what_depends_on_more_than_shapes_is_left_to_pytorch(answer):
         call(answer, aten.t_.default, matrix)  # changes its own shape
         assert not shortcut._REMEMBERED
     assert answer.describe(aten.relu.default, (matrix,), {}) is None  # gradients are on
+
+
+def test_a_selection_from_a_fake_tensor_has_the_shape_of_that_from_a_real_one(answer):
+    index = torch.tensor([2, 0])
+    for real in (torch.ones(3, 4, dtype=torch.float64), torch.ones(5, 3, 2).permute(1, 0, 2)):
+        (stand_in,) = fake(answer, real)
+        for dim in range(2):
+            found, wanted = select(stand_in, dim, index), select(real, dim, index)
+            assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+            assert type(found) is type(stand_in) and type(wanted) is Tensor
 
 
 def test_memory_is_bounded(answer, monkeypatch):

@@ -159,19 +159,19 @@ def _cut(
             fresh[fix.name] = source * scale.view(-1, *(1 for _ in source.shape[1:]))
         for name, place, mask in masks(graph, kept):
             source = fresh.get(name, tensors[name])
-            fresh[name] = source.index_select(place, mask.nonzero().flatten().to(source.device))
+            fresh[name] = fakes.select(source, place, mask.nonzero().flatten())
     _replace(model, {id(tensors[name]): tensor for name, tensor in fresh.items()})
     _resize(model, graph, kept)
 
 
 def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
     """Put new tensors where the old ones were, in every module that shares them."""
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in fresh:
-                new = made.setdefault(id(old), nn.Parameter(fresh[id(old)].contiguous(), old.requires_grad))
-                module._parameters[name] = new
+                new = made.setdefault(id(old), fakes.as_parameter(fresh[id(old)].contiguous(), old.requires_grad))
+                module._parameters[name] = new  # type: ignore[assignment]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and id(buffer) in fresh:
                 module._buffers[name] = fresh[id(buffer)].contiguous()

@@ -57,11 +57,25 @@ def fake_tensor(tensor: Tensor, mode: FakeMode, instead: torch.device | None = N
     return mode.make(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), device)
 
 
+def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return ``tensor.index_select(dim, index)``; of a fake tensor at once, for only the size of the index matters."""
+    if not isinstance(tensor, FakeTensor) or not isinstance(tensor.fake_mode, FakeMode):
+        return tensor.index_select(dim, index.to(tensor.device))
+    shape = [len(index) if place == dim else size for place, size in enumerate(tensor.shape)]
+    return tensor.fake_mode.make(torch.empty(shape, dtype=tensor.dtype, device="meta"), tensor.fake_device)
+
+
+def as_parameter(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """Return ``nn.Parameter(tensor, requires_grad)``; a fake tensor passes for one itself, without that detour."""
+    if not isinstance(tensor, FakeTensor):
+        return nn.Parameter(tensor, requires_grad)
+    tensor.requires_grad_(requires_grad)._is_param = True
+    return tensor
+
+
 def fake_parameter(parameter: nn.Parameter, mode: FakeMode) -> Tensor:
-    """Return a fake of ``parameter`` that passes for a parameter, without the detour of ``nn.Parameter``."""
-    fake = fake_tensor(parameter, mode).requires_grad_(parameter.requires_grad)
-    fake._is_param = True
-    return fake
+    """Return a fake of ``parameter`` that passes for a parameter."""
+    return as_parameter(fake_tensor(parameter, mode), parameter.requires_grad)
 
 
 def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
