@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     prepare_kernel()
     path = args.out.with_suffix(".json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"unit": "MB, 2^20 bytes", "rows": []}
     for notebook in tqdm(args.notebook, unit="notebook"):
         row = {"notebook": notebook.stem, "torch": torch.__version__, **measure(notebook)}
         others = [old for old in kept["rows"] if (old["notebook"], old["torch"]) != (row["notebook"], row["torch"])]

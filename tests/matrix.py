@@ -32,7 +32,7 @@ COLAB = (
 """What Colab brings beside PyTorch, at its versions, and papermill, which plays the reader."""
 SPREAD = (
     *(f"tests/test_{name}.py" for name in ("trace", "surgery", "criteria", "plan", "io", "cost", "collect", "colab")),
-    *(f"notebooks/{name}.ipynb" for name in ("00_tour", "04_obd")),
+    "notebooks/00_tour.ipynb",
 )
 WHOLE = (
     "tests",

@@ -1,11 +1,17 @@
-"""Where the repository is public stands in one place, and what follows from it agrees; Binder opens what it should."""
+"""Binder has what notebooks need and memory enough; where the repository is public stands in one place.
+
+That Binder's versions are those of pyproject.toml is tested in ``test_repository.py``.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +20,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB, ELSEWHERE = "https://github.com/someone/some.where", "https://git.example.org/group/prunelab"
+
+MODULES = {"pillow": "PIL", "matplotlib-base": "matplotlib", "pytorch-cpu": "torch"}
+LIMIT = 1500
+"""Megabytes that a notebook may take on Binder, beside Jupyter's server, where the least that it gives is 2 GB."""
 
 spec = importlib.util.spec_from_file_location("binder_address", ROOT / "binder" / "address.py")
 address = importlib.util.module_from_spec(spec)
@@ -95,3 +105,38 @@ def test_what_is_no_address_is_refused_and_nothing_is_written(copy, wrong):
     with pytest.raises(SystemExit, match="is not the address of a repository"):
         address.publish(wrong, copy)
     assert files(copy) == before
+
+
+# ── what runs there ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_notebooks_import_what_binder_installs():
+    rows = re.findall(r"^  - ([a-z0-9-]+)", (ROOT / "binder" / "environment.yml").read_text(encoding="utf-8"), re.M)
+    there = {MODULES.get(name, name) for name in rows} | set(sys.stdlib_module_names) | {"prunelab"}
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        nodes = [node for source in cells for node in ast.walk(ast.parse(source))]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert {name.split(".")[0] for name in names} <= there, path.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script for Linux")
+def test_what_binder_starts_it_starts_with_memory_in_mind():
+    assert all(os.access(ROOT / "binder" / name, os.X_OK) for name in ("start", "postBuild"))
+    command = [str(ROOT / "binder" / "start"), sys.executable, "-c", "import os, sys; print(sys.argv[1:], *os.environ)"]
+    done = subprocess.run([*command, "a b", "c"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("['a b', 'c'] ")
+    assert "MALLOC_MMAP_THRESHOLD_" in done.stdout.split()
+
+
+def test_every_notebook_was_measured_and_fits():
+    rows = json.loads((ROOT / "docs" / "memory.json").read_text(encoding="utf-8"))["rows"]
+    peaks = {row["notebook"]: row["peak"] for row in rows if row["torch"].endswith("+cpu")}
+    names = {path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    assert set(peaks) == names, "run `binder/start python -m bench.memory` with PyTorch for the CPU"
+    assert max(peaks.values()) < LIMIT
+    from bench.memory import markdown
+
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert page == markdown({"rows": rows})
