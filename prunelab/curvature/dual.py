@@ -12,7 +12,9 @@ Flows in: a model, a direction and a batch.  Flows out: the product.  Notebook 0
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,6 +82,7 @@ def _pushed(
     model: nn.Module, named: Mapping[str, Tensor], directions: Mapping[str, Tensor], inputs: Any
 ) -> tuple[Any, list[Tensor]]:
     """Return the outputs, and the derivative of each that depends on the parameters."""
+    _first_dual()
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(named[name], value) for name, value in directions.items()}
         known: dict[int, tuple[Tensor, Tensor | None]] = {id(value): (value, None) for value in named.values()}
@@ -91,6 +94,14 @@ def _pushed(
     if any(value is None for value in moved):
         raise BatchError("Outputs have gradients, but no derivative along the direction.")
     return plain, [value for value in moved if value is not None]
+
+
+@cache
+def _first_dual() -> None:
+    """Make a dual number, since PyTorch warns with the first of its own use of ``torch.jit.script``."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _has_more_than_outputs(outputs: Any, targets: Tensor, loss: Loss) -> bool:
