@@ -50,7 +50,7 @@ COURSE = [
     Case("07_kfac", ("buttons", "slider", "buttons")),
     Case("08_eigendamage", ("buttons", "slider"), {"samples": 160, "curve_images": 250}),
     Case("09_oba", ("list", "list", "buttons"), {"samples": 32, "units": 6, "epochs": 1}),
-    Case("10_oracle", ("list", "list"), {"images": 64, "units": 50}),
+    Case("10_oracle", ("list", "list"), {"units": 50}),
     Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),
     Case("12_iterative", ("slider", "buttons"), {"test_images": 200}),
     Case("13_transformers", ("grid",)),
