@@ -162,7 +162,9 @@ def markdown(rows: dict[str, Any]) -> str:
         for one in files.values():
             skips.update(one["skipped"])
         books = sum(file.endswith(".ipynb") for file in files)
-        ran = f"{len(files) - books} files" + (f", {books} notebooks" if books else "")
+        ran = ", ".join(
+            f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(files) - books, "file"), (books, "notebook")) if n
+        )
         told = [f"{environment.name}: {text}" for text in failed]
         told += [f"{environment.name}, skipped {count}: {reason}" for reason, count in skips.items()]
         left += [f"- {text}" for text in told]
@@ -174,7 +176,8 @@ def markdown(rows: dict[str, Any]) -> str:
 TEXT = """# The tests on other versions
 
 What `make test-matrix` found. Two environments run all unit tests, the others files that touch each part of the library
-({spread}); all run notebooks too, where each cell counts as a test. The last is made to look like Colab, with its older
+({spread}),
+and all of them notebooks, where each cell counts as a test. The last is made to look like Colab, with its older
 ipywidgets: there prunelab is installed by the notebooks' own setup cell, from a wheel, and they run in an empty folder.
 
 {{table}}
