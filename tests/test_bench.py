@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers import TABLES, command, libraries, moments, quality, their_pruner, tracing
+from bench.peers import TABLES, command, growth, libraries, moments, quality, their_pruner, tracing
 from bench.peers.footprint import available, grown
 from bench.peers.growth import exponent
 from bench.peers.libraries import MissingPeerError
@@ -99,6 +99,22 @@ def test_memory_is_that_of_a_child():
 def test_the_exponent_of_a_power_is_its_power():
     assert exponent([(size, 3 * size**1.5) for size in (1, 2, 4, 8)]) == pytest.approx(1.5)
     assert exponent([(4, 1.0)]) != exponent([(4, 1.0)])  # one size says nothing
+
+
+def test_growth_is_drawn_and_its_exponents_are_those_of_the_rows(tmp_path):
+    rows = [
+        {"grows": what, "size": size, "step": step, "cpu": 1e-3 * size**power, "megabytes": 2.0 * size}
+        for what, sizes in growth.GROWN.items()
+        for size in sizes
+        for power, step in enumerate(growth.STEPS)
+    ]
+    page = "\n".join(growth.markdown(rows))
+    assert "| moments | 2.0 (1.0) | 2.0 (1.0) | 2.0 (1.0) | 2.0 (1.0) |" in page and "](peers-growth.png)" in page
+    assert not list(tmp_path.iterdir()), "a page is made without touching anything"
+    growth.finish([row for row in rows if row["size"] == 8], tmp_path)
+    assert not list(tmp_path.iterdir()), "a quick run has too few sizes for a figure"
+    growth.finish(rows, tmp_path)
+    assert (tmp_path / growth.FIGURE).stat().st_size > 5000
 
 
 # ── the page ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -75,6 +75,8 @@ def measure(name: str, setting: Setting, out: Path, kept: dict[str, Any]) -> Non
     kept["rows"] = others + rows
     kept["runs"][name] = about | {"seconds": round(time.perf_counter() - start), "finished": True}
     keep(out, kept, markdown)
+    if hasattr(module, "finish"):
+        module.finish(rows, out.parent)
 
 
 def show(kept: dict[str, Any], page: Path = Path("README.md")) -> None:

@@ -28,7 +28,7 @@ TITLE = "Growth"
 BASE = {"width": 8, "depth": 14, "batch": 32, "samples": 64}
 GROWN = {"width": (8, 16, 32, 64), "depth": (8, 14, 26, 50), "batch": (8, 16, 32, 64), "samples": (32, 64, 128, 256)}
 """What doubles, the rest staying as in BASE; a ResNet of depth 6n + 2 has n blocks in each of three stages."""
-FIGURE = "bench/peers-growth.png"
+FIGURE = "peers-growth.png"
 STEPS = ("forward and backward", "trace", "moments", "K-FAC", "gate", "plan", "surgery")
 
 
@@ -112,8 +112,8 @@ def markdown(found: list[Row]) -> Iterator[str]:
         body.append(cells)
     yield from table(["exponent of", *what], body)
     yield ""
-    if draw(found):
-        yield f"![Time against size, both on logarithmic axes, a panel for each thing that grows]({Path(FIGURE).name})"
+    if drawable(found):
+        yield f"![Time against size, both on logarithmic axes, a panel for each thing that grows]({FIGURE})"
         yield ""
     for name in what:
         own = chosen(found, grows=name)
@@ -130,17 +130,22 @@ def markdown(found: list[Row]) -> Iterator[str]:
         yield ""
 
 
-def draw(found: list[Row]) -> bool:
-    """Write the figure, and tell whether there is one: a quick run has too few sizes."""
-    if len(unique(chosen(found, grows="width"), "size")) < 3:
-        return False
+def drawable(found: list[Row]) -> bool:
+    """Tell whether there are sizes enough for a figure; a quick run has too few."""
+    return len(unique(chosen(found, grows="width"), "size")) > 2
+
+
+def finish(found: list[Row], folder: Path) -> None:
+    """Draw the figure beside the page."""
+    if not drawable(found):
+        return
     from prunelab.plots.style import BLUE, GREY, SPARE, VERMILLION, axes_of, picture, png
 
     what, names = unique(found, "grows"), unique(found, "step")
     figure, panels = picture(12, 4.2), []
     for place, name in enumerate(what, 1):
         label = "seconds of the processor" if place == 1 else ""
-        panel = axes_of(figure, xlabel=name, ylabel=label, place=(1, len(what), place))
+        panel = axes_of(figure, xlabel=name, ylabel=label, place=100 + 10 * len(what) + place)
         for number, step in enumerate(names):
             own = [row for row in chosen(found, grows=name, step=step) if "cpu" in row]
             colour, marker, line = [(GREY, "s", ":"), *SPARE, (BLUE, "o", "--"), (VERMILLION, "^", "-")][number]
@@ -148,12 +153,12 @@ def draw(found: list[Row]) -> bool:
             panel.loglog(*points, color=colour, marker=marker, linestyle=line, label=step)
         panel.set_xticks(unique(chosen(found, grows=name), "size"), unique(chosen(found, grows=name), "size"))
         panel.minorticks_off()
-        if panels:
-            panel.sharey(panels[0])
         panels.append(panel)
+    low, high = (f(panel.get_ylim()[end] for panel in panels) for end, f in enumerate((min, max)))
+    for panel in panels:
+        panel.set_ylim(low, high)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=11)
-    Path(FIGURE).write_bytes(png(figure))
-    return True
+    (folder / FIGURE).write_bytes(png(figure))
 
 
 def ratios(found: list[Row]) -> list[Ratio]:

@@ -44,11 +44,11 @@ def interleaved(
     errors: dict[str, str] = {}
     once = range(1, 2 if repeats < 5 else 3)
     for number in range(repeats + 1):
+        gc.collect()
         for name, function in contestants.items():
             if name in errors or (name in slow and number not in once):
                 continue
             arguments = prepare[name]() if prepare and name in prepare else ()
-            gc.collect()
             try:
                 spent = timed(function, *arguments)
             except Exception as error:  # what a peer cannot do is part of the result
