@@ -53,7 +53,8 @@ class Explorer(ipywidgets.VBox):
         self._waiting: asyncio.TimerHandle | None = None
         self._drawn = 0.0
         self.controls = dict(controls)
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+        as_it_is = ipywidgets.Layout(max_width="100%", align_self="flex-start", object_fit="contain")
+        self.image = ipywidgets.Image(format="png", layout=as_it_is)  # never larger than it was drawn
         self.caption = ipywidgets.HTML()
         self.caption.add_class("prunelab-caption")
         _line_up(list(self.controls.values()))
