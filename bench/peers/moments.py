@@ -112,7 +112,7 @@ def distance(found: Moments, wanted: Moments) -> float:
 
 def rows(setting: Setting) -> Iterator[Row]:
     """Time all on every network and device, and compare what comes out with autograd's, sample by sample."""
-    images, batch = (32, 16) if setting.quick else (128, 64)
+    images, batch = (16, 16) if setting.quick else (64, 64)
     for device in devices():
         for network in NETWORKS[:1] if setting.quick else NETWORKS:
             model, batches = problem(network, images, batch, device)
