@@ -81,7 +81,7 @@ def markdown(kept: dict[str, Any]) -> str:
     found = {(row["notebook"], row["torch"]): row for row in rows}
     head = [part for build in builds for part in (f"{build}: import", "peak", "above import")]
     table = [f"| notebook | {' | '.join(head)} | most in cell |", f"|---|{'---:|' * len(head)}---|"]
-    for name in sorted({row["notebook"] for row in rows}):
+    for name in (path.stem for path in NOTEBOOKS):
         cells, where = [], ""
         for build in builds:
             row = found.get((name, build))
@@ -95,9 +95,9 @@ def markdown(kept: dict[str, Any]) -> str:
 
 TEXT = """# How much memory the notebooks take
 
-What `python -m bench.memory` measured: the largest resident set of each notebook's kernel, in MB (2²⁰ bytes), by build
-of PyTorch, and what of it was there after the import. The heaviest notebook takes {most}. A build for the CPU, such as
-Binder's, imports in half of what one with CUDA takes. JupyterLab's server takes about 100 MB beside the kernel.
+What `binder/start python -m bench.memory` measured: the largest resident set of each notebook's kernel, in MB (2²⁰
+bytes), by build of PyTorch, and what of it was there after the import; – is not measured. The most is {most}.
+JupyterLab's server comes on top.
 
 {table}
 """
