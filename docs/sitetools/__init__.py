@@ -10,11 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sitetools import beside, course, criteria, gather, names
+from sitetools import course, criteria, gather
 
 
 def setup(app: Any) -> dict[str, Any]:
     """Gather before Sphinx looks for pages, and listen to what autodoc finds."""
+    from sitetools import beside, names  # they need Sphinx; tests of the others do without
+
     docs = Path(app.srcdir)
     gather.gather(docs.parent, docs)
     gather.write(docs / "generated" / "course.md", course.page(docs.parent))
