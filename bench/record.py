@@ -18,8 +18,8 @@ def keep(path: Path, kept: dict[str, Any], markdown: Callable[[dict[str, Any]], 
         markdown: makes the page.
     """
     rows = ",\n".join(json.dumps(row) for row in kept["rows"])
-    rest = json.dumps({key: value for key, value in kept.items() if key != "rows"})
+    rest = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in kept.items() if key != "rows")
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(f'{rest[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    fresh.write_text(f'{{{rest}"rows": [\n{rows}\n]}}\n', encoding="utf-8")
     os.replace(fresh, path)
     path.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")
