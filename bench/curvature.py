@@ -155,13 +155,14 @@ def page(rows: list[dict[str, object]]) -> str:
     return f"""\
 `python -m bench.curvature` measures these on one thread, in processor time: how many times one forward and
 backward pass over the same images (the floor) each of them takes, and how much more memory. Small networks are trained
-ones, on 256 images in batches of 128; `vit_s_16` and `resnet50` have random weights and take eight images of 224×224.
+ones, on 256 images in batches of 128; `vit_s_16` has random weights and takes eight images of 224×224.
 
 {table(rows)}
 `Hv` and `θ⊙Hθ` go once forward, with every activation's derivative along the direction beside it, and once back. A
 linear layer so takes eight products for any direction, and six for θ itself, where the floor takes three. What a
 Transformer adds to that is attention: the floor's is fused, the derivative's is not and computes the softmax again on
 the way back. With several directions at once one double backward pass is shared, which is not in this table.
+The smaller the images of a wide network, the more its weights count beside its activations, and the larger both ratios.
 """
 
 
