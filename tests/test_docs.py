@@ -138,8 +138,9 @@ def test_copies_follow_the_repository(tool, tmp_path):
     assert {path.name for path in (tmp_path / "notebooks").glob("*.ipynb")} == {path.name for path in NOTEBOOKS}
     for path in sorted(tmp_path.rglob("*.md")):
         for link in re.findall(r"\]\((?!\w+:)([^)#\s]+)", path.read_text(encoding="utf-8")):
-            written = [path.parent / link, DOCS / path.parent.relative_to(tmp_path) / link]
-            assert any(os.path.exists(os.path.normpath(place)) for place in written), f"{path.relative_to(tmp_path)} links to {link}"
+            places = (path.parent, DOCS / path.parent.relative_to(tmp_path))
+            written = [Path(os.path.normpath(place / link)) for place in places]
+            assert any(place.exists() for place in written), f"{path.relative_to(tmp_path)} links to {link}"
 
 
 def test_a_widget_is_shown_as_its_picture_or_as_a_note(tool, tmp_path):
