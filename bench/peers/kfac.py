@@ -13,7 +13,7 @@ from torch import nn
 import prunelab as pl
 from bench.peers.command import main
 from bench.peers.libraries import peer
-from bench.peers.page import Ratio, Row, chosen, errors, median, pivot, unique
+from bench.peers.page import Ratio, Row, chosen, median, multiples, unique
 from bench.peers.problems import NETWORKS, TRAINED, Batches, forward_backward, problem
 from bench.peers.setting import Setting, devices
 from bench.peers.timing import clock, interleaved
@@ -100,13 +100,7 @@ def about() -> Iterator[str]:
 
 def markdown(found: list[Row]) -> Iterator[str]:
     """Yield a table of multiples of the floor per device."""
-    for device in unique(found, "device"):
-        own = chosen(found, device=device)
-        yield f"{device}, {own[0]['images']} images in batches of {own[0]['batch']}; multiples of the floor:"
-        yield ""
-        yield from pivot(own, "network", "method", FLOOR, clock(own[0]))
-        yield from errors(own, "network", "method")
-        yield ""
+    yield from multiples(found, FLOOR)
 
 
 def ratios(found: list[Row]) -> list[Ratio]:

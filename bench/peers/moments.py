@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from bench.peers.command import main
 from bench.peers.libraries import peer
-from bench.peers.page import Ratio, Row, chosen, errors, median, pivot, table, unique
+from bench.peers.page import Ratio, Row, chosen, median, multiples, table, unique
 from bench.peers.problems import NETWORKS, Batches, forward_backward, problem
 from bench.peers.setting import Setting, devices
 from bench.peers.timing import clock, interleaved
@@ -138,14 +138,7 @@ def about() -> Iterator[str]:
 
 def markdown(found: list[Row]) -> Iterator[str]:
     """Yield the tables: multiples of the floor, and how far off the results are."""
-    for device in unique(found, "device"):
-        own = chosen(found, device=device)
-        size = f"{own[0]['images']} images in batches of {own[0]['batch']}"
-        yield f"{device}, {size}; multiples of the floor:"
-        yield ""
-        yield from pivot(own, "network", "method", FLOOR, clock(own[0]))
-        yield from errors(own, "network", "method")
-        yield ""
+    yield from multiples(found, FLOOR)
     methods = [method for method in unique(found, "method") if method != FLOOR]
     yield "Difference:"
     yield ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bench.peers import TABLES
+from bench.peers.timing import clock
 
 Row = dict[str, Any]
 
@@ -85,6 +86,17 @@ def pivot(rows: list[Row], case: str, method: str, floor: str, clock: str = "cpu
             cells.append("fails" if "error" in own.get(other, {}) else times(value / base if value and base else None))
         body.append(cells)
     yield from table([case, floor, *(other for other in methods if other != floor)], body)
+
+
+def multiples(found: list[Row], floor: str) -> Iterator[str]:
+    """Yield, for each device, a table of multiples of the floor by network and method, and what failed."""
+    for device in unique(found, "device"):
+        own = chosen(found, device=device)
+        yield f"{device}, {own[0]['images']} images in batches of {own[0]['batch']}; multiples of the floor:"
+        yield ""
+        yield from pivot(own, "network", "method", floor, clock(own[0]))
+        yield from errors(own, "network", "method")
+        yield ""
 
 
 def errors(rows: Iterable[Row], case: str, method: str) -> Iterator[str]:

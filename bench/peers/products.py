@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.peers.command import main
 from bench.peers.libraries import peer
-from bench.peers.page import Ratio, Row, chosen, errors, median, pivot, unique
+from bench.peers.page import Ratio, Row, chosen, median, multiples, unique
 from bench.peers.problems import NETWORKS, Batches, differentiable_attention, forward_backward, problem
 from bench.peers.setting import Setting, devices
 from bench.peers.timing import clock, interleaved
@@ -107,13 +107,7 @@ def about() -> Iterator[str]:
 
 def markdown(found: list[Row]) -> Iterator[str]:
     """Yield a table of multiples of the floor per device."""
-    for device in unique(found, "device"):
-        here = chosen(found, device=device)
-        yield f"{device}, {here[0]['images']} images in batches of {here[0]['batch']}; multiples of the floor:"
-        yield ""
-        yield from pivot(here, "network", "method", FLOOR, clock(here[0]))
-        yield from errors(here, "network", "method")
-        yield ""
+    yield from multiples(found, FLOOR)
     worst = max((row["difference"] for row in found if "difference" in row), default=float("nan"))
     yield f"All products agree with double backward to {worst:.0e} of its norm."
 
