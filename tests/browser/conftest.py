@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(folder: Path) -> Iterator[str]:
-    """Address of a notebook on a running JupyterLab, with ``{}`` for its name."""
+def address(folder: Path) -> Iterator[Callable[[str], str]]:
+    """What makes an address of a notebook's name, on a running JupyterLab."""
     with lab(folder) as place:
         yield place
 

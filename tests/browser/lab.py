@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def lab(folder: Path, **settings: Mapping[str, Any]) -> Iterator[str]:
-    """Start JupyterLab and yield its address with ``{}`` for a notebook's name; stop it and its kernels afterwards.
+def lab(folder: Path, **settings: Mapping[str, Any]) -> Iterator[Callable[[str], str]]:
+    """Start JupyterLab and yield what makes an address of a notebook's name; stop it and its kernels afterwards.
+
+    Every notebook has a workspace of its own: JupyterLab opens again what was open in the same one before.
 
     Args:
         folder: for the server's own files, and with the notebooks in ``notebooks``.
@@ -72,7 +74,8 @@ def lab(folder: Path, **settings: Mapping[str, Any]) -> Iterator[str]:
     with (folder / "server.log").open("w+") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            yield f"{_address(server, folder)}lab/tree/{{}}?token={token}"
+            home = _address(server, folder)
+            yield lambda name: f"{home}lab/workspaces/{Path(name).stem}/tree/{name}?token={token}"
         finally:
             server.terminate()
             try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from playwright.sync_api import FloatRect, Locator, Page
 
@@ -14,9 +16,11 @@ BUSY = "drawing …"
 ANSWER = 20
 """Seconds after which a widget counts as dead; how quick it should be is another matter."""
 # A session may be ready while its kernel is still being connected; what is run then is dropped without a word.
-READY = """() => {
-    const session = window.jupyterapp?.shell.currentWidget?.sessionContext, kernel = session?.session?.kernel;
-    return session?.isReady && kernel?.connectionStatus === "connected" && kernel.status === "idle";
+READY = """(name) => {
+    const widget = window.jupyterapp?.shell.currentWidget, session = widget?.sessionContext;
+    const kernel = session?.session?.kernel;
+    return widget?.context?.path === name && widget.context.isReady && session?.isReady
+        && kernel?.connectionStatus === "connected" && kernel.status === "idle";
 }"""
 RUN = """() => {
     window.ran = false;
@@ -82,7 +86,7 @@ class Answer:
 def run_all(page: Page, address: str, *, seconds: float) -> list[str]:
     """Open a notebook, run all its cells as the menu does, and return what cells wrote to stderr or failed with."""
     page.goto(address)
-    page.wait_for_function(READY, timeout=1000 * START)
+    page.wait_for_function(READY, arg=Path(urlsplit(address).path).name, timeout=1000 * START)
     page.evaluate(RUN)
     page.wait_for_function("() => window.ran", timeout=1000 * seconds)
     problems = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -52,9 +53,9 @@ def written(folder: Path, name: str, *sources: str) -> str:
 
 
 @pytest.fixture
-def slow(page: Page, address: str, folder: Path) -> Widget:
+def slow(page: Page, address: Callable[[str], str], folder: Path) -> Widget:
     name = written(folder, "slow", SLOW)
-    assert run_all(page, address.format(name), seconds=RUN) == []
+    assert run_all(page, address(name), seconds=RUN) == []
     widget = Widget(page, "cell-0")
     assert widget.caption == "number 0, figure 1"
     return widget
@@ -80,9 +81,9 @@ def test_a_state_that_cannot_be_drawn_says_why_and_the_next_one_is_drawn(slow: W
     assert answer.caption.startswith("number 14")
 
 
-def test_errors_in_cells_and_in_the_console_are_seen(page: Page, address: str, folder: Path):
+def test_errors_in_cells_and_in_the_console_are_seen(page: Page, address: Callable[[str], str], folder: Path):
     name = written(folder, "wrong", "import sys\nprint('careful', file=sys.stderr)", "1 / 0", "2")
-    found = run_all(page, address.format(name), seconds=RUN)
+    found = run_all(page, address(name), seconds=RUN)
     assert [problem.partition(":")[0] for problem in found] == [
         "cell `cell-0` wrote to stderr",
         "cell `cell-1`",

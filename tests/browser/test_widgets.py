@@ -7,6 +7,7 @@ are smaller where the notebook has some that cost time and leave the widget as i
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -69,13 +70,15 @@ def end_with_widget(path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", COURSE, ids=lambda case: case.notebook)
-def test_a_reader_moves_every_control(case: Case, page: Page, address: str, folder: Path, request, record_property):
+def test_a_reader_moves_every_control(
+    case: Case, page: Page, address: Callable[[str], str], folder: Path, request, record_property
+):
     if case.notebook == "15_shootout" and not (pl.data.root() / EXAMPLE).is_file():
         pytest.skip("no sweep comes with prunelab yet, and a single run leaves nothing to choose")
     path = copy(case.notebook, folder / "notebooks", case.parameters)
     if case.notebook != WHOLE:
         end_with_widget(path)
-    problems = run_all(page, address.format(path.name), seconds=RUN)
+    problems = run_all(page, address(path.name), seconds=RUN)
     assert not problems, "\n".join(problems)
     widget = Widget(page)
     if pictures := request.config.getoption("--screenshots"):
