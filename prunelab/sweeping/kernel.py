@@ -20,6 +20,9 @@ START_TIMEOUT = 180
 """Seconds that a kernel may take to start."""
 EVERY = 0.2
 """Seconds between two looks at a kernel's memory."""
+TRIM = ("MALLOC_TRIM_THRESHOLD_", "65536")
+"""What Dask sets for its workers, so that they give memory back at once.  A kernel that inherits it gets new pages for
+every tensor, and trains 1.5 times slower."""
 
 
 class Failure(Exception):
@@ -202,7 +205,8 @@ def _manager(guard: Guard, environment: Mapping[str, str], home: str, private: s
             super().__init__(**given)
 
         async def start_kernel(self, **given: Any) -> None:  # type: ignore[override]
-            given["env"] = {**os.environ, **environment}
+            inherited = {name: value for name, value in os.environ.items() if (name, value) != TRIM}
+            given["env"] = {**inherited, **environment}
             if os.path.isdir(home):
                 given["cwd"] = home
             await self._async_start_kernel(**given)
