@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import dask
+import distributed  # noqa: F401, it brings the settings of its workers
 import nbformat
 import pytest
 
@@ -18,6 +20,7 @@ from prunelab.sweeping import GridError, Limits, gpus, jobs, make_grid, read_gri
 from prunelab.sweeping.cluster import carried, default_workers, on_dask
 from prunelab.sweeping.gpus import borrowed, locked, visible
 from prunelab.sweeping.jobs import prepared, short_hash
+from prunelab.sweeping.kernel import TRIM
 from tests.sweeps import executions, write_notebook
 
 ONE = {"retries": 0}
@@ -231,6 +234,16 @@ def test_a_kernel_that_dies_is_started_again_up_to_the_retries(tiny):
     assert list(table["status"]) == ["done", "failed"]
     assert list(table["attempts"]) == [2, 2] == list(executions(tiny.log).values())
     assert "its kernel died, by signal 9" in table["error"][1]
+
+
+def test_a_kernel_leaves_to_workers_what_dask_sets_for_them(tiny, monkeypatch):
+    """With Dask's threshold every tensor would be new pages, and a job 1.4 times as long; a user's own stays."""
+    set_by_dask = dask.config.get("distributed.nanny.pre-spawn-environ")
+    assert str(set_by_dask[TRIM[0]]) == TRIM[1]
+    write_notebook(tiny.notebook, f"assert os.environ.get({TRIM[0]!r}) == (None if a == 1 else '1000')")
+    for a, value in enumerate((TRIM[1], "1000"), 1):
+        monkeypatch.setenv(TRIM[0], value)
+        assert list(tiny({"a": [a]})["status"]) == ["done"]
 
 
 # ── GPUs, locks, workers ──────────────────────────────────────────────────────────────────────────────────────────
