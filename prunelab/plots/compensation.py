@@ -123,7 +123,7 @@ def damping_and_images(
     for value, label in ((whole, "whole network"), (cut, "cut, no refit")):
         axes.axhline(100 * value, color=GREY, linewidth=1)
         beside = axes.get_yaxis_transform()
-        axes.text(0.99, 100 * value + 1, label, transform=beside, ha="right", va="bottom", fontsize=10.5, color=GREY)
+        axes.text(1.01, 100 * value, label, transform=beside, ha="left", va="center", fontsize=10.5, color=GREY)
     if mark is not None:
         here = table[(table["damping"] == mark[0]) & (table["images"] == mark[1])]
         axes.plot(
