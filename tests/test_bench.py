@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from bench.peers.libraries import MissingPeerError
 from bench.peers.page import Ratio, markdown, pivot, ratio_lines, seconds, summary, table, times
 from bench.peers.problems import classifier
 from bench.peers.setting import Setting
-from bench.peers.timing import interleaved
+from bench.peers.timing import interleaved, within
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +58,16 @@ def test_the_peers_of_the_extra_are_those_that_the_bench_knows():
 
 
 # ── timing and memory ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="there are no alarms on this system")
+def test_what_is_not_done_in_time_is_ended_and_what_is_done_is_left_alone():
+    with pytest.raises(TimeoutError, match="not done within 1 s"), within(1):
+        while True:
+            pass
+    with within(1):
+        pass
+    assert signal.alarm(0) == 0, "no alarm is left"
 
 
 def test_contestants_take_turns_after_a_round_that_warms_up():

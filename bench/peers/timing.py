@@ -6,9 +6,11 @@ Flows in: functions.  Flows out: for each of them seconds of the processor and o
 from __future__ import annotations
 
 import gc
+import signal
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,29 @@ def failure(error: BaseException) -> str:
     """Return an exception as one line: its class and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raise ``TimeoutError`` in what takes longer; where there are no alarms, as on Windows, wait for it.
+
+    Raises:
+        TimeoutError: it was not done in time.
+    """
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def interleaved(

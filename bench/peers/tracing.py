@@ -20,7 +20,7 @@ from bench.peers.libraries import peer
 from bench.peers.page import Ratio, Row, chosen, errors, median, table, times, unique
 from bench.peers.problems import classifier
 from bench.peers.setting import Setting
-from bench.peers.timing import failure, interleaved
+from bench.peers.timing import failure, interleaved, within
 
 TITLE = "Trace"
 QUICK = (
@@ -34,6 +34,8 @@ QUICK = (
     "vit_b_32",
 )
 OURS, THEIRS = "prunelab", "Torch-Pruning"
+PATIENCE = 120
+"""Seconds that a cut may take."""
 
 
 def inputs_for(name: str) -> Tensor:
@@ -82,7 +84,8 @@ def _makes_classes(module: nn.Module) -> bool:
 def runs(cut: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, inputs: Tensor) -> str:
     """Return "yes" if a model can be cut and still runs, "nothing cut" if it is as it was, or what was raised."""
     try:
-        small = cut(model, inputs)
+        with within(PATIENCE):
+            small = cut(model, inputs)
         with torch.no_grad():
             small.eval()(inputs)
         sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, small)]

@@ -97,8 +97,8 @@ def flip(rho: float, sign: int, loose: float = 0.3) -> tuple[Figure, str]:
         first, second = chosen[name]
         words.append(f"{title} removes {first + 1} and {second + 1} at a cost of <b>{found:.2f}</b>")
     signs = "the same sign" if sign > 0 else "opposite signs"
-    pair = f"1 and 2, of {signs}, would cost {costs[0]:.2f}"
-    return figure, f"ρ = {rho:.2f}: {'; '.join(words)}; {pair}; the cheapest pair costs {best:.2f}."
+    others = f"1 and 2, of {signs}, would cost {costs[0]:.2f}"
+    return figure, f"ρ = {rho:.2f}: {'; '.join(words)}; {others}; the cheapest pair costs {best:.2f}."
 
 
 def pair_cost(weights: np.ndarray, matrix: np.ndarray, pair: Sequence[int]) -> float:
