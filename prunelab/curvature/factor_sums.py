@@ -122,9 +122,10 @@ def _over_patches(
     width = images.shape[1] // call.groups * math.prod(kernel)
     a, mean = images.new_zeros(call.groups, width, width), images.new_zeros(call.groups, width)
     for n in ranges(len(images), images.shape[1] * math.prod(kernel) * math.prod(places), images.device):
-        flat = patches(images[n], call, kernel, places).reshape(-1, call.groups, width, math.prod(places))
-        a += (flat @ flat.mT).sum(0)
-        mean += flat.sum((0, 3))
+        seen = patches(images[n], call, kernel, places).movedim(0, 1 + len(kernel))
+        columns = seen.reshape(call.groups, width, -1)
+        a.baddbmm_(columns, columns.mT)  # one large product instead of one per image
+        mean += columns.sum(-1)
     return a, mean
 
 

@@ -244,10 +244,14 @@ def _not_finite(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, numb
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:
+    """Return whether all entries are; the sums tell, unless one is too large for a number itself."""
+    values = list(values)
     flags: dict[torch.device, list[Tensor]] = {}
     for value in values:
-        flags.setdefault(value.device, []).append(value.detach().isfinite().all())
-    return all(bool(torch.stack(found).all()) for found in flags.values())  # one answer to wait for per device
+        flags.setdefault(value.device, []).append(value.detach().sum().isfinite())
+    if all(bool(torch.stack(found).all()) for found in flags.values()):  # one answer to wait for per device
+        return True
+    return all(bool(value.isfinite().all()) for value in values)
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
