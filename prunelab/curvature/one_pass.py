@@ -21,6 +21,7 @@ from prunelab.curvature.affine import AffineTaps
 from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes, routes
+from prunelab.curvature.pieces import finite
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
@@ -251,7 +252,7 @@ def _all_finite(values: Iterable[Tensor]) -> bool:
         flags.setdefault(value.device, []).append(value.detach().sum().isfinite())
     if all(bool(torch.stack(found).all()) for found in flags.values()):  # one answer to wait for per device
         return True
-    return all(bool(value.isfinite().all()) for value in values)
+    return all(map(finite, values))
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
