@@ -58,7 +58,7 @@ def run(names: Sequence[str], setting: Setting, out: Path) -> tuple[dict[str, An
 def measure(name: str, setting: Setting, out: Path, kept: dict[str, Any]) -> None:
     """Measure one table and keep its rows, in place and on disk."""
     module = importlib.import_module(f"bench.peers.{name}")
-    torch.set_num_threads(getattr(module, "THREADS", 1) or os.cpu_count() or 1)
+    torch.set_num_threads(getattr(module, "THREADS", 1) or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     before = [row for row in kept["rows"] if row["table"] == name]
     resumes = getattr(module, "RESUMES", False)
     unfinished = resumes and not kept["runs"].get(name, {}).get("finished", True)

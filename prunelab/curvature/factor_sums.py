@@ -136,7 +136,7 @@ def _number(count: int) -> Tensor:
 def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor, key: str, factors: Factors) -> Part:
     """Return the per-sample gradients of a call's weight in the eigenbasis, ``Q_Sᵀ G_n Q_A`` as ``factors.matrices``.
 
-    Inputs and output gradients are rotated, not their products; only ``factor="full"`` rotates those.
+    Inputs and output gradients are rotated, not their products; only ``factor="full"`` rotates those, by Q_A.
     """
     basis = factors.eigen()
     q_a, q_s = (q if factors.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
@@ -144,7 +144,7 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
     if call.kind == "linear":
         part = linear_part(call, a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g))
     elif factors.factor == "full":
-        part = conv_part(call, a, g, weight.shape)
+        part = conv_part(call, a, _rotated(g, q_s), weight.shape)
     else:
         part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s), weight.shape)
 
@@ -152,7 +152,7 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
 
     def gradients(n: slice) -> Tensor:
         found = torch.vmap(factors.split)(part.gradients(n))
-        return torch.vmap(factors.rotate)(found) if turn else found
+        return found @ basis.Q_A.to(found) if turn else found
 
     def squares() -> Tensor:
         assert part.squares is not None

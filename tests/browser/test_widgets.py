@@ -23,8 +23,6 @@ from prunelab.sweeping.explore import EXAMPLE
 from tests.browser.lab import copy
 from tests.browser.reader import Answer, Widget, label, moves, run_all
 
-SLOWEST = 1.0
-"""Seconds for the answer to most moves, on a machine that does other things too; the aim on two free cores is 0.3."""
 RUN = 600
 """Seconds for a notebook."""
 LARGEST = 150_000
@@ -95,9 +93,11 @@ def test_a_reader_moves_every_control(
         assert answer.caption != answer.before, f"{answer.control}: the caption stayed “{answer.caption}”"
         assert answer.image != answer.image_before, f"{answer.control}: the image stayed as it was"
         assert answer.drawn == 1, f"{answer.control}: {answer.drawn} images were drawn for one move"
+    # The aim on two free cores is 0.3 s; the limit is for a machine that does other things too.
+    slowest = request.config.getoption("--slowest")
     for name, found in answers.items():
         seconds = median(answer.seconds for answer in found)
-        assert seconds < SLOWEST, f"{name} answered after {seconds:.2f} s"
+        assert seconds < slowest, f"{name} answered after {seconds:.2f} s"
 
 
 def keep(picture: bytes, path: Path) -> None:
