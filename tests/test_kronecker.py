@@ -21,6 +21,8 @@ CONVS = {
     "gaps": nn.Conv2d(4, 6, 2, stride=3),
     "grouped": nn.Conv2d(4, 6, 3, padding=1, groups=2),
     "depthwise": nn.Conv2d(4, 8, 3, padding=1, groups=4),
+    "few places": nn.Conv2d(4, 9, 5),
+    "few places, grouped": nn.Conv2d(4, 20, 5, groups=2),
     "line": nn.Conv1d(4, 5, 3, padding=2, dilation=2),
     "volume": nn.Conv3d(4, 5, (1, 2, 2), stride=(1, 2, 1), padding=(0, 1, 0)),
     "up": nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),

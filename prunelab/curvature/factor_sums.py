@@ -136,19 +136,20 @@ def _number(count: int) -> Tensor:
 def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor, key: str, factors: Factors) -> Part:
     """Return the per-sample gradients of a call's weight in the eigenbasis, ``Q_Sᵀ G_n Q_A`` as ``factors.matrices``.
 
-    Inputs and output gradients are rotated, not their products; only ``factor="full"`` rotates those, by Q_A.
+    Inputs and output gradients are rotated, not their products, except where ``factor="full"`` has more patches than
+    the gradient has rows: then Q_A rotates the gradient.
     """
     basis = factors.eigen()
     q_a, q_s = (q if factors.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
     a, g = as_float(layout.by_sample(call.input)), as_float(layout.by_sample(gradient))
+    turn = False
     if call.kind == "linear":
         part = linear_part(call, a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g))
     elif factors.factor == "full":
-        part = conv_part(call, a, _rotated(g, q_s), weight.shape)
+        turn = g[0].numel() > g.shape[2] * basis.Q_S.shape[-1]
+        part = conv_part(call, a, _rotated(g, q_s), weight.shape, basis=None if turn else q_a)
     else:
         part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s), weight.shape)
-
-    turn = factors.factor == "full" and call.kind != "linear"
 
     def gradients(n: slice) -> Tensor:
         found = torch.vmap(factors.split)(part.gradients(n))

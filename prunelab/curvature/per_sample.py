@@ -82,10 +82,13 @@ def linear_part(call: LayerCall, inputs: Tensor, gradients: Tensor) -> Part:
     return _product_part(call, left, right, len(inputs), shape, shape[1:3], inputs.device)
 
 
-def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.Size) -> Part:
+def conv_part(
+    call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.Size, basis: Tensor | None = None
+) -> Part:
     """Return the part of a convolution's weight: inputs ``[B, R, in, …]`` and output gradients ``[B, R, out, …]``.
 
-    The kernel slides over the inputs, and for a transposed convolution over the output gradients.
+    The kernel slides over the inputs, and for a transposed convolution over the output gradients.  With a basis
+    ``[groups, n, n]`` the patches, flattened, are given in its coordinates.
     """
     seen, rows = (inputs, gradients) if call.kind == "conv" else (gradients, inputs)
     samples, copies, channels, *_ = seen.shape
@@ -100,7 +103,8 @@ def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.S
         return by_group(as_float(rows[n]).flatten(0, 1))
 
     def right(n: slice) -> Tensor:
-        return by_group(patches(as_float(seen[n]).flatten(0, 1), call, kernel, places))
+        found = by_group(patches(as_float(seen[n]).flatten(0, 1), call, kernel, places))
+        return found if basis is None else torch.einsum("bgkp,gkc->bgcp", found, basis.to(found))
 
     sizes = (call.groups, rows.shape[2] // call.groups, channels // call.groups * math.prod(kernel), copies * positions)
     part_shape = (rows.shape[2], channels // call.groups, *kernel)
