@@ -21,7 +21,7 @@ SIZE = {"width": 1300, "height": 1900}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", type=Path, help="folder for a picture of every widget")
-    parser.addoption("--slowest", type=float, default=1.0, help="seconds in which a widget must answer; 1.0 unless told")
+    parser.addoption("--slowest", type=float, default=1.0, help="seconds that a widget may take; 1.0 by default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
