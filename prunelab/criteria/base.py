@@ -132,17 +132,15 @@ class GroupwiseCriterion(Criterion):
 
     def reduce(self, graph: DependencyGraph, values: Mapping[str, Tensor]) -> Scores:
         """Turn values per weight (parameter name -> tensor like it) into scores per unit."""
-        scores = {}
+        scores, parameters = {}, {name for name, _ in graph.model.named_parameters()}
         for group in graph.groups:
-            members = self._counted(graph.model, group)
+            members = self._counted(graph.model, [member for member in group.members if member.name in parameters])
             rows = [self.member_scores(values, member, group.size).float().cpu() for member in members]
             reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [member.role for member in members])
             scores[group.name] = NORMALIZERS[self.normalizer](reduced)
         return Scores(graph, scores, str(self))
 
-    def _counted(self, model: nn.Module, group: Group) -> list[Member]:
-        parameters = dict(model.named_parameters())
-        members = [member for member in group.members if member.name in parameters]
+    def _counted(self, model: nn.Module, members: list[Member]) -> list[Member]:
         chosen = [
             member
             for member in members

@@ -5,6 +5,7 @@ Flows in: a graph.  Flows out: |γ| of every unit that a norm scales.  Notebook 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from prunelab.batches import Batches
 from prunelab.criteria.base import Criterion, GroupwiseCriterion, Scores
 from prunelab.errors import BudgetError, PruneLabError
-from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -57,7 +58,7 @@ class BNScale(GroupwiseCriterion):
         Raises:
             PruneLabError: no norm with a scale runs through some group and ``fallback`` is ``"error"``.
         """
-        without = [group for group in graph.groups if not self._norms(graph.model, group)]
+        without = [group for group in graph.groups if not self._norms(graph.model, group.members)]
         if without and self.fallback == "error":
             names = ", ".join(f"`{group.name}`" for group in without[:5]) + (", …" if len(without) > 5 else "")
             raise PruneLabError(
@@ -81,9 +82,9 @@ class BNScale(GroupwiseCriterion):
             if isinstance(module, NORMS) and module.weight is not None and self._is_target(model, f"{name}.weight")
         }
 
-    def _norms(self, model: nn.Module, group: Group) -> list[Member]:
+    def _norms(self, model: nn.Module, members: Iterable[Member]) -> list[Member]:
         scales = self.elementwise(model)
-        return [member for member in group.members if member.name in scales]
+        return [member for member in members if member.name in scales]
 
-    def _counted(self, model: nn.Module, group: Group) -> list[Member]:
-        return self._norms(model, group) or list(group.members[:1])
+    def _counted(self, model: nn.Module, members: list[Member]) -> list[Member]:
+        return self._norms(model, members) or members[:1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -49,8 +49,8 @@ class FPGM(GroupwiseCriterion):
         distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.mean(1)
 
-    def _counted(self, model: nn.Module, group: Group) -> list[Member]:
-        members = super()._counted(model, group)
+    def _counted(self, model: nn.Module, members: list[Member]) -> list[Member]:
+        members = super()._counted(model, members)
         return [member for member in members if member.role == "produces"] or members
 
 

@@ -181,13 +181,14 @@ def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
 
 
 def _resize(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
-    recorded = {(module, attribute): kept.size(axis) for module, attribute, axis in graph.sizes}
+    recorded: dict[str, dict[str, int]] = {}
+    for owner, attribute, axis in graph.sizes:
+        recorded.setdefault(owner, {})[attribute] = kept.size(axis)
     changes = _viewed_sizes(graph, kept)
     for name, module in model.named_modules():
-        known = _layer_sizes(module, recorded.get((name, "groups")))
-        for (owner, attribute), size in recorded.items():
-            if owner == name and hasattr(module, attribute):
-                known[attribute] = size
+        own = recorded.get(name, {})
+        known = _layer_sizes(module, own.get("groups"))
+        known |= {attribute: size for attribute, size in own.items() if hasattr(module, attribute)}
         for attribute, value in known.items():
             setattr(module, attribute, value)
         for attribute, value in list(vars(module).items()):

@@ -191,8 +191,10 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
 def free(model: nn.Module, parameters: set[str]) -> nn.Module:
     """Swap, in place, the class of every layer that has a stand-in and one of the named parameters."""
     for name, module in model.named_modules():
-        stand_in, prepare = STAND_INS.get(type(module), (None, None))
+        if type(module) not in STAND_INS:
+            continue
+        stand_in, prepare = STAND_INS[type(module)]
         touched = any(parameter.startswith(f"{name}." if name else "") for parameter in parameters)
-        if stand_in is not None and prepare is not None and touched and prepare(module):
+        if touched and prepare(module):
             module.__class__ = stand_in
     return model
