@@ -237,6 +237,26 @@ def test_the_hard_sigmoid_has_second_derivatives(way, only):
     assert all((value - other[name]).abs().max() < 1e-15 < value.abs().max() for name, value in one.items())
 
 
+@pytest.mark.parametrize("way", ["dual", "other"])
+def test_normalized_vectors_may_be_zero(way, only):
+    """Swin V2 normalises its padding too: what is zero for any weights adds nothing."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    batches = [(torch.randn(6, 3).double(), torch.arange(6) % 3)]
+    only(way)
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.normalize(torch.stack([x, 0 * x], 1), dim=-1).sum(1)
+
+    class Alone(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.square().sum(-1, keepdim=True).sqrt()
+
+    one, other = (self_product(nn.Sequential(first, act, last), batches) for act in (Padded(), Alone()))
+    assert all((value - other[name]).abs().max() < 1e-14 < value.abs().max() for name, value in one.items())
+
+
 def test_nothing_is_kept_of_tokens_squared():
     """What the backward pass waits with is of the size of queries, keys and values."""
     from prunelab.curvature.dual_attention import Attention
@@ -268,5 +288,5 @@ def test_every_shorter_way_is_tested_here():
         {*CONVOLUTIONS},
         {F.softmax, torch.softmax, Tensor.softmax},
     )
-    assert not set(SHORTER) - seen - set(WRONG) - {F.hardsigmoid}.union(*same)
+    assert not set(SHORTER) - seen - set(WRONG) - {F.hardsigmoid, F.normalize}.union(*same)
     assert all(seen & group for group in same)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.curvature.dual_attention import Attention, Softmax, causal
 from prunelab.curvature.dual_layers import Gelu, Layer, LayerNorm, Moving, Relu, Scale
-from prunelab.curvature.twice import CONVOLUTIONS, convolution_setting
+from prunelab.curvature.twice import CONVOLUTIONS, convolution_setting, normalize
 from prunelab.errors import BatchError
 
 
@@ -242,6 +242,7 @@ SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     F.gelu: _gelu,
     F.hardsigmoid: _hardsigmoid,
+    F.normalize: lambda mode, func, *args, **kwargs: normalize(func, *args, **kwargs),
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,

@@ -127,6 +127,16 @@ def _hardsigmoid(func: Callable[..., Any], input: Tensor, inplace: bool = False)
     return None if inplace else (input + 3).clamp(0, 6) / 6  # PyTorch's own has no second derivative
 
 
+def normalize(
+    func: Callable[..., Any], input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor | None:
+    """Return x / max(‖x‖, ε): at zero, where padding is, the norm has no second derivative, but this function has."""
+    if p != 2 or out is not None:
+        return None
+    least = max(eps**2, torch.finfo(input.dtype).tiny)
+    return input * input.square().sum(dim, keepdim=True).clamp_min(least).rsqrt()
+
+
 def _attention(
     func: Callable[..., Any],
     query: Tensor,
@@ -152,6 +162,7 @@ REPLACED: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     F.gelu: _gelu,
     F.hardsigmoid: _hardsigmoid,
+    F.normalize: normalize,
     F.scaled_dot_product_attention: _attention,
 }
 
