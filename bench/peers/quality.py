@@ -30,8 +30,8 @@ SHARES = (0.7, 0.5, 0.3, 0.15)
 TUNED_AT = (0.5, 0.15)
 SCORING, TUNING = 256, 2000
 RECIPES = {
-    "resnet20": Recipe(1, lr=0.02, weight_decay=5e-4, batch_size=64),
-    "vit_small": Recipe(1, lr=5e-4, weight_decay=0.05, batch_size=64, optimizer="adamw"),
+    "resnet20": Recipe(1, lr=0.003, weight_decay=5e-4, batch_size=64),
+    "vit_small": Recipe(1, lr=2e-4, weight_decay=0.05, batch_size=64, optimizer="adamw"),
 }
 """Of the short fine-tune; a network of NETWORKS that is not named here is not fine-tuned."""
 
@@ -166,7 +166,7 @@ def about() -> Iterator[str]:
         "last sample only; *all samples counted* is ours, on top of its class. Compensation refits what is left on the "
         "same images, without labels; Torch-Pruning has none, so that *batch norm anew* shows what measuring those "
         "statistics again does, which is there for anyone. The fine-tune is one pass over "
-        f"{TUNING:,} training images, untuned."
+        f"{TUNING:,} training images, with the learning rates of sweeps/quick.yaml."
     )
 
 
