@@ -136,7 +136,7 @@ def accuracy_bars(table: pd.DataFrame, *, whole: float) -> Figure:
     shades = [colours.get(name, BLUE) for name in table["score"]]
     axes.barh(rows, 100 * table["accuracy"], xerr=100 * table["error"], color=shades, ecolor=INK, capsize=3)
     axes.axvline(100 * whole, color=GREY, linewidth=1.5)
-    axes.text(100 * whole, -0.75, "before the cut", ha="right", fontsize=10, color=GREY)
+    axes.text(100 * whole - 1, -0.75, "before the cut", ha="right", fontsize=10, color=GREY)
     axes.set_yticks(rows, list(table["score"]), fontsize=11)
     axes.set_ylim(len(table) - 0.5, -1)
     axes.set_xlim(0, 100)
