@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -303,3 +305,18 @@ def _boxes(figure):
     axes = figure.axes[0]
     (boxes,) = [one for one in axes.collections if isinstance(one, PolyCollection)]
     return zip([text for text in axes.texts if text.get_gid() != "number"], boxes.get_facecolors(), strict=True)
+
+
+def test_a_graph_is_gone_when_nobody_holds_it():
+    """With the model's copy and all that was recorded, at once: nothing waits for the garbage collector."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    gc.collect()
+    gc.disable()
+    try:
+        graph = pl.trace(model, torch.ones(1, 3, 4, 4))
+        held = [weakref.ref(graph), *(weakref.ref(op.outputs[0]) for op in graph.tape)]
+        assert len(held) > 5 and all(ref() is not None for ref in held)
+        del graph
+        assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()

@@ -116,28 +116,29 @@ def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> n
 
     A module has thirty attributes, almost all of them numbers, or empty dictionaries for hooks.
     """
-
-    def copied(value: Any) -> Any:
-        kind = type(value)
-        if kind in _IMMUTABLE or (kind is tuple and all(type(part) in _IMMUTABLE for part in value)):
-            return value
-        if id(value) in memo:
-            return memo[id(value)]
-        if kind is dict or kind is OrderedDict:
-            memo[id(value)] = new = kind()
-            for key, part in value.items():
-                new[copied(key)] = copied(part)
-            return new
-        if kind is set and not value:
-            return memo.setdefault(id(value), set())
-        return copy.deepcopy(value, memo)
-
     plain = [module for module in modules if _is_plain(type(module))]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in reversed(plain):  # what copies itself finds its own modules complete
-        memo[id(module)].__setstate__({name: copied(value) for name, value in module.__getstate__().items()})
-    return copied(model)
+        state = {name: _copied(value, memo) for name, value in module.__getstate__().items()}
+        memo[id(module)].__setstate__(state)
+    return _copied(model, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _IMMUTABLE or (kind is tuple and all(type(part) in _IMMUTABLE for part in value)):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is dict or kind is OrderedDict:
+        memo[id(value)] = new = kind()
+        for key, part in value.items():
+            new[_copied(key, memo)] = _copied(part, memo)
+        return new
+    if kind is set and not value:
+        return memo.setdefault(id(value), set())
+    return copy.deepcopy(value, memo)
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:

@@ -196,13 +196,14 @@ class Recorder(TorchDispatchMode):
         return self._dims[id(tensor)]
 
     def _watch_modules(self) -> None:
-        """Follow which module runs, by hooks on the fake copy."""
+        """Follow which module runs, by hooks on the fake copy; they know the stack alone, so that no cycle is made."""
+        stack = self._stack
 
         def leave(*_: Any) -> None:
-            self._stack.pop()
+            stack.pop()
 
         for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
             module.register_forward_hook(leave, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
