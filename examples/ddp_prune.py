@@ -66,6 +66,7 @@ def main() -> None:
     if pl.distributed.rank() == 0:
         print(report.table().to_string(index=False))
         pl.save(small, args.out)
+    dist.barrier()  # while a worker thread of PyTorch 2.6 still lets go of tensors, the next line may not return
     dist.destroy_process_group()
 
 

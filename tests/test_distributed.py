@@ -263,7 +263,7 @@ def test_the_example_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "examples" / "ddp_prune.py"), "--images", "64", "--out", str(tmp_path / "small.safetensors")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine-tuned") == 1, done.stdout  # one table, by rank 0
     small = pl.load(pl.zoo.build("resnet20"), tmp_path / "small.safetensors")
