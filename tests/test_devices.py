@@ -11,22 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
 from prunelab.surgery.apply import open_plan
+from tests.cases import imagined_gpu
 
 
-def asks_for_a_driver() -> bool:
-    """Tell whether this PyTorch cannot make tensors without data on a GPU that is not there, as 2.6 cannot."""
-    try:
-        with FakeTensorMode(), torch.device("cuda"):
-            torch.empty(2).uniform_()
-    except RuntimeError:
-        return True
-    return False
-
-
-somewhere_else = pytest.mark.skipif(asks_for_a_driver(), reason="tensors without data ask for a GPU's driver here")
-
-
-@somewhere_else
+@imagined_gpu
 @pytest.mark.parametrize("name", ["resnet20", "vit_small"])
 def test_a_model_on_a_gpu_is_traced_there(name: str):
     with FakeTensorMode(), torch.device("cuda"):
@@ -38,7 +26,7 @@ def test_a_model_on_a_gpu_is_traced_there(name: str):
     assert pl.count(model, images) == pl.count(pl.zoo.build(name), torch.empty(2, 3, 32, 32))
 
 
-@somewhere_else
+@imagined_gpu
 def test_a_plan_is_opened_where_the_model_lies():
     plan = pl.plan(pl.criteria.Random()(pl.trace(pl.zoo.resnet20(), torch.empty(2, 3, 32, 32))), flops=0.5)
     with FakeTensorMode(), torch.device("cuda"):

@@ -22,6 +22,7 @@ from prunelab.training import (
     mixed_precision,
     train_checkpoint,
 )
+from tests.cases import imagined_gpu
 
 RECIPE = Recipe(epochs=3, lr=0.05, weight_decay=5e-4, batch_size=50)
 
@@ -223,6 +224,7 @@ def test_a_distillation_out_of_range_is_an_error(options):
         Distillation(tiny(), **options)
 
 
+@imagined_gpu
 @pytest.mark.parametrize("able", [False, True])
 def test_precision_is_mixed_on_gpus_that_can_and_nowhere_else(monkeypatch, able):
     """On tensors without data that know that they would be on a GPU; there need be none."""
