@@ -31,16 +31,14 @@ def pareto(points: pd.DataFrame, x: str, y: str, *, title: str = "", mark: tuple
     wide, high = (100.0 if _share(name) else 1.0 for name in (x, y))
     axes = axes_of(figure, xlabel=_label(x), ylabel=_label(y), title=title)
     means = []
+    shown = points.assign(left=wide * points[x], value=high * points[y])  # one pass, since the widget waits for it
+    runs = shown.groupby(["method", "setting"], sort=False)[["left", "value"]].agg(["mean", "min", "max", "size"])
     for name, color, marker, line, filled in looks(names):
-        rows = points[points["method"] == name]
-        groups = rows.groupby("setting", sort=False)
-        left, mean = wide * groups[x].mean(), high * groups[y].mean()
-        order = left.sort_values().index
-        left, mean = left[order], mean[order]
+        own = runs.loc[name].sort_values(("left", "mean"))
+        left, mean = own["left", "mean"], own["value", "mean"]
         means.append(pd.DataFrame({"x": left, "y": mean}))
-        if groups.size().max() > 1:
-            worst, best = high * groups[y].min()[order], high * groups[y].max()[order]
-            axes.fill_between(left, worst, best, color=color, alpha=0.15, linewidth=0)
+        if own["left", "size"].max() > 1:
+            axes.fill_between(left, own["value", "min"], own["value", "max"], color=color, alpha=0.15, linewidth=0)
         face = color if filled else "white"
         axes.plot(left, mean, line, marker=marker, color=color, mfc=face, linewidth=1.8, markersize=7, label=name)
     _circle(axes, pd.concat(means, ignore_index=True))
