@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +165,18 @@ def test_trained_networks_go_this_way_and_agree_with_the_other(name, only, monke
         torch.testing.assert_close(found[key], value)
 
 
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.function = nn.Linear(3, 4), nn.Linear(4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
 class Doubled(Function):
     """Knows its gradient and that of its gradient, and nothing of forward derivatives."""
 
@@ -190,17 +204,7 @@ def test_where_a_forward_derivative_is_missing_the_product_is_taken_in_the_other
     """A function of TorchScript drops it without a word, after having been called a few times; the next one overwrites
     it, and the last has one whose own derivative is wrong.
     """
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(lose(self.first(x)))
-
-    torch.manual_seed(0)
-    model = Model().double()
+    model = Between(lose).double()
     batches = [(torch.randn(6, 3).double(), torch.arange(6) % 3)]
     vector, wanted = direction(model), exact.hessian(model, batches)
     for _ in range(5):
@@ -221,40 +225,25 @@ def test_a_loss_that_knows_the_parameters_is_differentiated_whole():
         torch.testing.assert_close(found[name], value + 0.2 * vector[name])
 
 
+def padded(x: Tensor) -> Tensor:
+    """Normalise zeros too, as Swin V2 does with its padding: what is zero for any weights adds nothing."""
+    return F.normalize(torch.stack([x, 0 * x], 1), dim=-1).sum(1)
+
+
+SAME = {
+    "hard sigmoid, whose second derivative PyTorch lacks": (F.hardsigmoid, lambda x: F.relu6(x + 3) / 6),
+    "vectors of zeros, normalized": (padded, lambda x: x / x.square().sum(-1, keepdim=True).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("way", ["dual", "other"])
-def test_the_hard_sigmoid_has_second_derivatives(way, only):
-    """PyTorch's own has none; it is a ReLU that ends at six."""
+def test_two_ways_to_write_a_function_have_one_product(way, name, only):
     torch.manual_seed(0)
-    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
     batches = [(torch.randn(6, 3).double(), torch.arange(6) % 3)]
     only(way)
-
-    class Written(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu6(x + 3) / 6
-
-    one, other = (self_product(nn.Sequential(first, act, last), batches) for act in (nn.Hardsigmoid(), Written()))
-    assert all((value - other[name]).abs().max() < 1e-15 < value.abs().max() for name, value in one.items())
-
-
-@pytest.mark.parametrize("way", ["dual", "other"])
-def test_normalized_vectors_may_be_zero(way, only):
-    """Swin V2 normalises its padding too: what is zero for any weights adds nothing."""
-    torch.manual_seed(0)
-    first, last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
-    batches = [(torch.randn(6, 3).double(), torch.arange(6) % 3)]
-    only(way)
-
-    class Padded(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.normalize(torch.stack([x, 0 * x], 1), dim=-1).sum(1)
-
-    class Alone(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x / x.square().sum(-1, keepdim=True).sqrt()
-
-    one, other = (self_product(nn.Sequential(first, act, last), batches) for act in (Padded(), Alone()))
-    assert all((value - other[name]).abs().max() < 1e-14 < value.abs().max() for name, value in one.items())
+    one, other = (self_product(Between(function).double(), batches) for function in SAME[name])
+    assert all((value - other[key]).abs().max() < 1e-14 < value.abs().max() for key, value in one.items())
 
 
 def test_nothing_is_kept_of_tokens_squared():

@@ -28,7 +28,8 @@ RESUMES = True
 NETWORKS = ("resnet20", "vit_small")
 SHARES = (0.7, 0.5, 0.3, 0.15)
 TUNED_AT = (0.5, 0.15)
-SCORING, TUNING = 256, 2000
+SCORING, TUNING, TESTED = 256, 2000, 100
+"""Images for the scores and the fine-tune, and at a time in a test."""
 RECIPES = {
     "resnet20": Recipe(1, lr=0.003, weight_decay=5e-4, batch_size=64),
     "vit_small": Recipe(1, lr=2e-4, weight_decay=0.05, batch_size=64, optimizer="adamw"),
@@ -130,7 +131,7 @@ def rows(setting: Setting) -> Iterator[Row]:
         key: Row = {"network": network, "test images": len(test), "training images": len(data.train)}
         batches = [(x.to(device), y.to(device)) for x, y in pl.data.loader(data.train.subset(SCORING), 64)]
         base: Row = key | {"who": "–", "criterion": "the whole network", "how": "–", "share": 1.0}
-        yield setting.find(base) or base | evaluate(model, pl.data.loader(test, 100))
+        yield setting.find(base) or base | evaluate(model, pl.data.loader(test, TESTED))
         for who, criterion, how, cut in ways(model, batches, setting.quick):
             for share in SHARES[1:2] if setting.quick else SHARES:
                 row = key | {"who": who, "criterion": criterion, "how": how, "share": share}
@@ -148,10 +149,10 @@ def rows(setting: Setting) -> Iterator[Row]:
 def measure(small: nn.Module, train: Any, test: Any, network: str, share: float, quick: bool) -> Row:
     """Return loss and accuracy as the network is, and accuracy after a short fine-tune."""
     cost = pl.count(small, their_pruner.INPUTS.to(next(small.parameters()).device))
-    row: Row = evaluate(small, pl.data.loader(test, 100)) | {"flops": cost.flops, "params": cost.params}
+    row: Row = evaluate(small, pl.data.loader(test, TESTED)) | {"flops": cost.flops, "params": cost.params}
     if network in RECIPES and share in TUNED_AT:
         fit(small, train.subset(200 if quick else TUNING), RECIPES[network], seed=0, progress=False)
-        row["fine-tuned"] = evaluate(small, pl.data.loader(test, 100))["accuracy"]
+        row["fine-tuned"] = evaluate(small, pl.data.loader(test, TESTED))["accuracy"]
     return row
 
 
