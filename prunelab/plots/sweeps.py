@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunelab.plots.shootout import NAMES
@@ -30,27 +29,27 @@ def pareto(points: pd.DataFrame, x: str, y: str, *, title: str = "", mark: tuple
     figure = picture(9.2, 4.6 if len(names) <= 12 else 4.6 + 0.25 * (len(names) - 12))
     wide, high = (100.0 if _share(name) else 1.0 for name in (x, y))
     axes = axes_of(figure, xlabel=_label(x), ylabel=_label(y), title=title)
-    means = []
-    shown = points.assign(left=wide * points[x], value=high * points[y])  # one pass, since the widget waits for it
-    runs = shown.groupby(["method", "setting"], sort=False)[["left", "value"]].agg(["mean", "min", "max", "size"])
+    shown = points.assign(left=wide * points[x], value=high * points[y])
+    runs = shown.groupby(["method", "setting"], sort=False).agg(
+        left=("left", "mean"),
+        mean=("value", "mean"),
+        low=("value", "min"),
+        high=("value", "max"),
+        seeds=("value", "size"),
+    )
+    by_method = dict(iter(runs.sort_values("left").groupby("method")))
     for name, color, marker, line, filled in looks(names):
-        own = runs.loc[name].sort_values(("left", "mean"))
-        left, mean = own["left", "mean"], own["value", "mean"]
-        means.append(pd.DataFrame({"x": left, "y": mean}))
-        if own["left", "size"].max() > 1:
-            axes.fill_between(left, own["value", "min"], own["value", "max"], color=color, alpha=0.15, linewidth=0)
+        own = by_method[name]
+        if own["seeds"].max() > 1:
+            axes.fill_between(own["left"], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
         face = color if filled else "white"
-        axes.plot(left, mean, line, marker=marker, color=color, mfc=face, linewidth=1.8, markersize=7, label=name)
-    _circle(axes, pd.concat(means, ignore_index=True))
+        axes.plot(own["left"], own["mean"], marker + line, color=color, mfc=face, lw=1.8, ms=7, label=name)
+    best = runs[pareto_front(runs["left"], runs["mean"])]
+    axes.plot(best["left"], best["mean"], "o", ms=15, mfc="none", color=GREY, mew=1.4, zorder=1, label="not beaten")
     if mark is not None:
         axes.plot(wide * mark[0], high * mark[1], "*", color=INK, markersize=20, mfc="none", mew=1.8, label="this run")
     axes.legend(frameon=False, fontsize=10.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def _circle(axes: Axes, means: pd.DataFrame) -> None:
-    front = means[pareto_front(means["x"], means["y"])]
-    axes.plot(front["x"], front["y"], "o", markersize=15, mfc="none", color=GREY, mew=1.4, zorder=1, label="not beaten")
 
 
 def looks(names: Sequence[str]) -> list[tuple[str, str, str, str, bool]]:
