@@ -190,6 +190,11 @@ def test_quality_compares_the_best_of_each_side_and_says_when_it_is_behind():
     assert ratio.value == pytest.approx(0.75) and not ratio.met
     assert ratio.over == "60.0 % (gate, compensated) and 80.0 % (Taylor)"
     assert "**80.0** (0.30)" in "\n".join(quality.markdown(rows))
+    assert list(quality.best(rows))[2:] == [
+        "| n | prunelab, compensated | 60.0 (gate) |",
+        "| n | prunelab, as it was cut | 20.0 (gate) |",
+        "| n | Torch-Pruning, as it was cut | 80.0 (Taylor) |",
+    ]
 
 
 def test_goals_that_are_missed_are_printed_as_well(monkeypatch):

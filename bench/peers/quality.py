@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -66,36 +67,47 @@ PER_UNIT = ("random", "magnitude", "magnitude, L1, raw", "BN scale", "FPGM")
 """What is no loss is ranked as it is; the others per FLOP that a unit saves."""
 FEW = ("quadratic", "oracle")
 """Scored on a batch of the images: a pass for every unit."""
+BOTTLENECKS = ("EigenDamage, factorised",)
+"""Layers become products of smaller ones, instead of losing channels."""
 ISOMORPHIC = ("magnitude, L2", "Taylor", "Hessian, all samples counted")
 QUICK = ("magnitude", "Taylor", "gate, softened labels", "EigenDamage, factorised"), ("magnitude, L2", "Taylor")
+ANEW = "batch norm anew"
+KINDS = {"compensated": ("compensated",), ANEW: (ANEW,), "as it was cut": ("cut", "isomorphic")}
+"""What was done after a cut, as in the table of the best -> the ways that belong to it."""
 Cut = Callable[[float], nn.Module]
 
 
 def ways(model: nn.Module, batches: list, quick: bool) -> Iterator[tuple[str, str, str, Cut]]:
     """Yield who, the criterion, how, and what cuts to a share of the FLOPs; scores are taken when first needed."""
     graph = pl.trace(model, their_pruner.INPUTS.to(batches[0][0].device))
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for name in QUICK[0] if quick else OURS:
         criterion, options = OURS[name]
         some = batches[:1] if name in FEW else batches
         scores = cache(lambda criterion=criterion, options=options, some=some: _scores(graph, criterion, options, some))
-        per: Any = "unit" if name in PER_UNIT else "flops"
-        if name == "EigenDamage, factorised":
-            yield "prunelab", name, "cut", lambda share, scores=scores: pl.factorize(model, scores(), flops=share)
-            continue
-
-        def cut(share: float, compensate: Any, scores: Callable = scores, per: Any = per) -> nn.Module:
-            return pl.apply(model, pl.plan(scores(), flops=share, per=per), compensate=compensate)
-
-        yield "prunelab", name, "cut", lambda share, cut=cut: cut(share, None)
-        yield "prunelab", name, "compensated", lambda share, cut=cut: cut(share, batches)
+        ours = _ours(model, scores, "unit" if name in PER_UNIT else "flops", bottlenecks=name in BOTTLENECKS)
+        yield "prunelab", name, "cut", ours
+        if has_batch_norm:
+            yield "prunelab", name, ANEW, _anew(ours, batches)
+        if name not in BOTTLENECKS:
+            yield "prunelab", name, "compensated", partial(ours, compensate=batches)
     for name in QUICK[1] if quick else their_pruner.IMPORTANCES:
         make = their_pruner.IMPORTANCES[name]
         theirs = _theirs(model, make, batches, isomorphic=False)
         yield "Torch-Pruning", name, "cut", theirs
-        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-            yield "Torch-Pruning", name, "batch norm anew", lambda share, theirs=theirs: _anew(theirs(share), batches)
+        if has_batch_norm:
+            yield "Torch-Pruning", name, ANEW, _anew(theirs, batches)
         if name in ISOMORPHIC and not quick:
             yield "Torch-Pruning", name, "isomorphic", _theirs(model, make, batches, isomorphic=True)
+
+
+def _ours(model: nn.Module, scores: Callable[[], pl.Scores], per: Any, *, bottlenecks: bool) -> Callable:
+    def cut(share: float, compensate: Any = None) -> nn.Module:
+        if bottlenecks:
+            return pl.factorize(model, scores(), flops=share)
+        return pl.apply(model, pl.plan(scores(), flops=share, per=per), compensate=compensate)
+
+    return cut
 
 
 def _scores(graph: pl.DependencyGraph, name: str, options: dict[str, Any], batches: list) -> pl.Scores:
@@ -113,10 +125,15 @@ def _theirs(model: nn.Module, make: their_pruner.Cut, batches: list, isomorphic:
     return cut
 
 
-def _anew(small: nn.Module, batches: list) -> nn.Module:
-    """Measure the statistics of batch norms once more, which anyone can do without training."""
-    update_bn(batches, small)
-    return small.eval()
+def _anew(cut: Cut, batches: list) -> Cut:
+    """Cut, then measure the statistics of batch norms once more, which anyone can do without training."""
+
+    def measured(share: float) -> nn.Module:
+        small = cut(share)
+        update_bn(batches, small)
+        return small.eval()
+
+    return measured
 
 
 def rows(setting: Setting) -> Iterator[Row]:
@@ -165,8 +182,8 @@ def about() -> Iterator[str]:
         "alike, has as many FLOPs at most. Its options are its defaults, ranking globally, for three importances "
         "isomorphically too; a Transformer's heads are named to it. *Hessian* is its code as it is, which keeps the "
         "last sample only; *all samples counted* is ours, on top of its class. Compensation refits what is left on the "
-        "same images, without labels; Torch-Pruning has none, so that *batch norm anew* shows what measuring those "
-        "statistics again does, which is there for anyone. The fine-tune is one pass over "
+        "same images, without labels; Torch-Pruning has none. *Batch norm anew* shows, for both, what measuring those "
+        "statistics once more on the same images does, which takes neither library. The fine-tune is one pass over "
         f"{TUNING:,} training images, with the learning rates of sweeps/quick.yaml."
     )
 
@@ -214,22 +231,16 @@ def markdown(found: list[Row]) -> Iterator[str]:
 
 
 def best(found: list[Row]) -> Iterator[str]:
-    """Yield a table of the best accuracy of each side, with its criterion."""
-    shares = sorted(unique([row for row in found if row["who"] != "–"], "share"), reverse=True)
+    """Yield a table of the best accuracy of each side for what was done after the cut, with its criterion."""
+    cuts = [row for row in found if row["who"] != "–"]
+    shares = sorted(unique(cuts, "share"), reverse=True)
     body = []
-    for network in unique(found, "network"):
-        for who, how, kind in (
-            ("prunelab", "compensated", "compensated"),
-            ("prunelab", None, "without compensation"),
-            ("Torch-Pruning", None, "best of all"),
-        ):
-            cells = [network, f"{who}, {kind}"]
-            for share in shares:
-                own = [row for row in chosen(found, network=network, who=who, share=share) if "accuracy" in row]
-                own = [row for row in own if (row["how"] == how if how else row["how"] != "compensated")]
-                top = max(own, key=lambda row: row["accuracy"], default=None)
-                cells.append(f"{100 * top['accuracy']:.1f} ({top['criterion']})" if top else "–")
-            body.append(cells)
+    for network, who, (kind, hows) in product(unique(cuts, "network"), unique(cuts, "who"), KINDS.items()):
+        own = [row for row in chosen(cuts, network=network, who=who) if row["how"] in hows and "accuracy" in row]
+        at = [max(chosen(own, share=share), key=lambda row: row["accuracy"], default=None) for share in shares]
+        cells = [f"{100 * top['accuracy']:.1f} ({top['criterion']})" if top else "–" for top in at]
+        if own:
+            body.append([network, f"{who}, {kind}", *cells])
     yield from table(["accuracy in %", "best", *(f"{share:.0%} of the FLOPs" for share in shares)], body, text=2)
 
 
