@@ -77,8 +77,11 @@ KINDS = {"compensated": ("compensated",), ANEW: (ANEW,), "as it was cut": ("cut"
 Cut = Callable[[float], nn.Module]
 
 
-def ways(model: nn.Module, batches: list, quick: bool) -> Iterator[tuple[str, str, str, Cut]]:
-    """Yield who, the criterion, how, and what cuts to a share of the FLOPs; scores are taken when first needed."""
+def ways(model: nn.Module, batches: list, augmented: list, quick: bool) -> Iterator[tuple[str, str, str, Cut]]:
+    """Yield who, the criterion, how, and what cuts to a share of the FLOPs; scores are taken when first needed.
+
+    Batch norms are measured anew on ``augmented``, as they were in training.
+    """
     graph = pl.trace(model, their_pruner.INPUTS.to(batches[0][0].device))
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for name in QUICK[0] if quick else OURS:
@@ -88,7 +91,7 @@ def ways(model: nn.Module, batches: list, quick: bool) -> Iterator[tuple[str, st
         ours = _ours(model, scores, "unit" if name in PER_UNIT else "flops", bottlenecks=name in BOTTLENECKS)
         yield "prunelab", name, "cut", ours
         if has_batch_norm:
-            yield "prunelab", name, ANEW, _anew(ours, batches)
+            yield "prunelab", name, ANEW, _anew(ours, augmented)
         if name not in BOTTLENECKS:
             yield "prunelab", name, "compensated", partial(ours, compensate=batches)
     for name in QUICK[1] if quick else their_pruner.IMPORTANCES:
@@ -96,7 +99,7 @@ def ways(model: nn.Module, batches: list, quick: bool) -> Iterator[tuple[str, st
         theirs = _theirs(model, make, batches, isomorphic=False)
         yield "Torch-Pruning", name, "cut", theirs
         if has_batch_norm:
-            yield "Torch-Pruning", name, ANEW, _anew(theirs, batches)
+            yield "Torch-Pruning", name, ANEW, _anew(theirs, augmented)
         if name in ISOMORPHIC and not quick:
             yield "Torch-Pruning", name, "isomorphic", _theirs(model, make, batches, isomorphic=True)
 
@@ -146,10 +149,14 @@ def rows(setting: Setting) -> Iterator[Row]:
         inputs = their_pruner.INPUTS.to(device)
         whole = pl.count(model, inputs)
         key: Row = {"network": network, "test images": len(test), "training images": len(data.train)}
-        batches = [(x.to(device), y.to(device)) for x, y in pl.data.loader(data.train.subset(SCORING), 64)]
+        images = data.train.subset(SCORING)
+        torch.manual_seed(0)
+        batches, augmented = (
+            [(x.to(device), y.to(device)) for x, y in pl.data.loader(some, 64)] for some in (images, images.augmented())
+        )
         base: Row = key | {"who": "–", "criterion": "the whole network", "how": "–", "share": 1.0}
         yield setting.find(base) or base | evaluate(model, pl.data.loader(test, TESTED))
-        for who, criterion, how, cut in ways(model, batches, setting.quick):
+        for who, criterion, how, cut in ways(model, batches, augmented, setting.quick):
             for share in SHARES[1:2] if setting.quick else SHARES:
                 row = key | {"who": who, "criterion": criterion, "how": how, "share": share}
                 known = setting.find(row)
@@ -183,7 +190,8 @@ def about() -> Iterator[str]:
         "isomorphically too; a Transformer's heads are named to it. *Hessian* is its code as it is, which keeps the "
         "last sample only; *all samples counted* is ours, on top of its class. Compensation refits what is left on the "
         "same images, without labels; Torch-Pruning has none. *Batch norm anew* shows, for both, what measuring those "
-        "statistics once more on the same images does, which takes neither library. The fine-tune is one pass over "
+        "statistics once more does, which takes neither library: on the same images, augmented as in training, where "
+        "these statistics come from. The fine-tune is one pass over "
         f"{TUNING:,} training images, with the learning rates of sweeps/quick.yaml."
     )
 
