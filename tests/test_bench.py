@@ -197,6 +197,15 @@ def test_quality_compares_the_best_of_each_side_and_says_when_it_is_behind():
     ]
 
 
+def test_batch_norms_are_measured_anew_on_what_is_given_and_the_cut_network_is_ready_for_a_test():
+    torch.manual_seed(0)
+    batches = [(5 + 3 * torch.randn(8, 2, 4, 4), torch.zeros(8).long()) for _ in range(3)]
+    small = quality._anew(lambda share: nn.Sequential(nn.BatchNorm2d(2)), batches)(0.5)
+    (norm,) = small
+    assert not norm.training
+    torch.testing.assert_close(norm.running_mean, torch.cat([x for x, _ in batches]).mean((0, 2, 3)))
+
+
 def test_goals_that_are_missed_are_printed_as_well(monkeypatch):
     monkeypatch.setattr(tracing, "ratios", lambda rows: [Ratio("trace", "them", 0.5, "≥ 2×", False, "1 model")])
     lines = ratio_lines({"rows": [{"table": "tracing"}]})

@@ -245,10 +245,11 @@ def best(found: list[Row]) -> Iterator[str]:
     body = []
     for network, who, (kind, hows) in product(unique(cuts, "network"), unique(cuts, "who"), KINDS.items()):
         own = [row for row in chosen(cuts, network=network, who=who) if row["how"] in hows and "accuracy" in row]
+        if not own:
+            continue
         at = [max(chosen(own, share=share), key=lambda row: row["accuracy"], default=None) for share in shares]
         cells = [f"{100 * top['accuracy']:.1f} ({top['criterion']})" if top else "–" for top in at]
-        if own:
-            body.append([network, f"{who}, {kind}", *cells])
+        body.append([network, f"{who}, {kind}", *cells])
     yield from table(["accuracy in %", "best", *(f"{share:.0%} of the FLOPs" for share in shares)], body, text=2)
 
 
