@@ -1,43 +1,73 @@
 """Silencing: the function of the cut network, with nothing removed; the truth that surgery is tested against.
 
-Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero, and whose normalisations take their
-statistics over the kept entries only.
+A unit is removed where it is consumed: in the cut network nothing reads it any more.  Layers read it through the
+columns of their weights; sums, products of activations, norms, means and variances read it too, whether they are
+modules or calls in the model's code.  So all these leave the unit out, and means and variances are over what stays.
+
+Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero, in parameters and in everything
+that it computes, and whose statistics are taken over the kept entries only.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
+from prunelab.errors import PlanError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
+from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
+from prunelab.tracing.axes import Axis
+from prunelab.tracing.calls import FunctionCall, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import forget
-from prunelab.tracing.trace import DependencyGraph
 
-_BATCH_NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
-NORMS = {
-    "native_batch_norm": _BATCH_NORMS,
-    "cudnn_batch_norm": _BATCH_NORMS,
-    "miopen_batch_norm": _BATCH_NORMS,
-    "native_layer_norm": (F.layer_norm, torch.layer_norm),
-    "_fused_rms_norm": (F.rms_norm, torch.rms_norm),
-    "native_group_norm": (F.group_norm, torch.group_norm),
-}
+_ONE = (
+    "relu relu_ leaky_relu leaky_relu_ gelu silu silu_ tanh tanh_ hardswish hardswish_ hardtanh hardtanh_ neg abs "
+    "square clone contiguous detach to type float double half mul mul_ __mul__ __rmul__ __imul__ multiply view reshape "
+    "flatten unflatten permute transpose t expand expand_as squeeze unsqueeze chunk split unbind dropout __get__"
+)
+FOLLOWS = frozenset(_ONE.split())
+"""Functions whose result is zero where one of their tensors is."""
+
+ADDS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "__rsub__"))
+_ALL = (
+    "cat concat stack linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__ "
+    "bmm mm einsum sum scaled_dot_product_attention __getitem__ __setitem__"
+)
+ALL = ADDS | frozenset(_ALL.split())
+"""Functions whose result is zero where all their tensors are."""
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 
-    The removed entries of every member are zero, and layer, group and root-mean-square norms leave them out of their
-    statistics, whether they are modules or calls in the model's code.
+    The removed entries of every parameter are zero, and so are those of all that the model computes from them.  Means,
+    variances, and layer, group and root-mean-square norms leave them out, whether they are modules or calls in the
+    model's code.  Inputs may have other sizes than the example that the model was traced with.
+
+    Args:
+        model: the model that the plan was made for, in any mode and on any device.
+        plan: what goes.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model.  When the copy runs: its code takes a statistic over removed units
+            that is not known here, or couples units otherwise with these inputs.
+
+    >>> import prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.Sigmoid(), nn.Linear(4, 1))
+    >>> scores = pl.criteria.get("magnitude")(pl.trace(model, torch.ones(1, 2)))
+    >>> plan = pl.plan(scores, ratio=0.5)
+    >>> x = torch.randn(3, 2)
+    >>> torch.allclose(pl.masked(model, plan)(x), pl.apply(model, plan)(x), atol=1e-6)
+    True
     """
     graph, kept = open_plan(model, plan)
     silent = forget(copy.deepcopy(model))
@@ -46,123 +76,151 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         for name, place, mask in masks(graph, kept):
             if name in parameters:
                 parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
-    norms = _norms(graph, kept)
-    if any(mask is not None for _, mask in norms):
-        mode = KeptNorms(norms)
-        silent.register_forward_pre_hook(lambda *_: mode.start())
-        silent.register_forward_hook(lambda *_: mode.stop(), always_call=True)
+    running = threading.local()
+
+    def start(module: nn.Module, *_: Any) -> None:
+        axes, modes = RealAxes(module, graph), ExitStack()
+        if torch.is_inference_mode_enabled():  # where operators do not show what they are made of
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        modes.enter_context(axes)
+        modes.enter_context(Silence(axes, kept))
+        running.all = [*getattr(running, "all", []), (axes, modes)]
+
+    def stop(*_: Any) -> None:
+        axes, modes = running.all.pop()
+        modes.close()
+        axes.check(kept.masks)
+
+    if kept.masks:
+        silent.register_forward_pre_hook(start)
+        silent.register_forward_hook(stop, always_call=True)
     return silent
 
 
-def _norms(graph: DependencyGraph, kept: Kept) -> list[tuple[str, Tensor | None]]:
-    """Return, for every norm in the order of calls, its operator and the mask of the entries it normalises over."""
-    found: list[tuple[str, Tensor | None]] = []
-    for op in graph.tape:
-        if op.name not in NORMS:
-            continue
-        axes = graph.axes_of(op.args[0])
-        if NORMS[op.name] is _BATCH_NORMS:
-            axes = axes[2:] if op.args[5] else ()  # in eval mode it takes no statistics
-        else:
-            axes = axes[1:2] if op.name == "native_group_norm" else axes[len(axes) - len(op.args[1]) :]
-        if not axes:
-            found.append((op.name, None))
-            continue
-        mask = kept.mask(axes[0])
-        for axis in axes[1:]:
-            mask = mask[..., None] & kept.mask(axis)
-        found.append((op.name, None if mask.all() else mask))
-    return found
+class Silence(WatchedCalls):
+    """While on, whatever the model computes is zero at removed entries, and statistics leave these out.
 
-
-class KeptNorms(TorchFunctionMode):
-    """While on, the n-th norm that the model calls takes its statistics over the n-th mask."""
-
-    def __init__(self, norms: list[tuple[str, Tensor | None]]) -> None:
-        super().__init__()
-        self.norms, self.place = norms, 0
-
-    def start(self) -> None:
-        """Begin a forward pass."""
-        self.place = 0
-        self.__enter__()
-
-    def stop(self) -> None:
-        """End a forward pass."""
-        self.__exit__(None, None, None)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if not any(func in functions for functions in NORMS.values()):
-            return func(*args, **kwargs)
-        name, mask = self.norms[self.place]
-        self.place += 1
-        if mask is None:
-            return func(*args, **kwargs)
-        if NORMS[name] is _BATCH_NORMS:
-            return kept_batch_norm(*_batch_norm_arguments(*args, **kwargs), mask.to(args[0].device))
-        keys = ["input", "num_groups" if name == "native_group_norm" else "shape", "weight", "bias", "eps"]
-        if name == "_fused_rms_norm":
-            keys.remove("bias")
-        given = dict(zip(keys, args, strict=False)) | {k: v for k, v in kwargs.items() if k != "normalized_shape"}
-        x, weight, bias, eps = given["input"], given.get("weight"), given.get("bias"), given.get("eps")
-        mask = mask.to(x.device)
-        if name == "native_group_norm":
-            return kept_group_norm(x, given["num_groups"], weight, bias, 1e-5 if eps is None else eps, mask)
-        if name == "_fused_rms_norm":
-            return kept_norm(x, weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, mask, centred=False)
-        return kept_norm(x, weight, bias, 1e-5 if eps is None else eps, mask)
-
-
-def _batch_norm_arguments(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    return input, weight, bias, eps
-
-
-def kept_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor) -> Tensor:
-    """Batch norm over the batch and the kept entries of the dimensions after the channels; zero elsewhere.
-
-    Models that standardise the weights of a convolution do it so, with the weights as one image.
+    Args:
+        axes: the axes of what the model computes; on for as long as this mode is.
+        kept: what stays, by the leaves of the trace.
     """
-    x, places = x * kept, (0, *range(2, x.dim()))
-    number = kept.sum() * len(x)
-    x = (x - x.sum(places, keepdim=True) / number) * kept
-    out = x * torch.rsqrt(x.square().sum(places, keepdim=True) / number + eps)
-    shape = (-1, *(1 for _ in x.shape[2:]))
-    out = out if weight is None else out * weight.view(shape)
-    return (out if bias is None else out + bias.view(shape)) * kept
+
+    def __init__(self, axes: RealAxes, kept: Kept) -> None:
+        super().__init__(axes)
+        self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
+
+    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Return what the call returns in the cut network, with zeros in the place of what is not there."""
+        change = self.changes.of(call)
+        if change is None:
+            return out
+        with self.axes.quiet():
+            return change.make(args, kwargs, out, self.know)
 
 
-def kept_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor, *, centred: bool = True
-) -> Tensor:
-    """Layer norm, or root-mean-square norm, over the kept entries of the last dimensions; zero elsewhere."""
-    places, number = tuple(range(-kept.dim(), 0)), kept.sum()
-    x = x * kept
-    if centred:
-        x = (x - x.sum(places, keepdim=True) / number) * kept
-    out = x * torch.rsqrt(x.square().sum(places, keepdim=True) / number + eps)
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias) * kept
+Masks = tuple[Tensor | None, ...]
+"""For every dimension of a tensor which entries stay, bool ``[size]``; ``None`` where all do."""
 
 
-def kept_group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor
-) -> Tensor:
-    """Group norm over the kept channels of every group; zero elsewhere."""
-    shape = (-1, *(1 for _ in x.shape[2:]))
-    inside = kept.view(shape).expand(x.shape[1:]).reshape(groups, -1)
-    number = inside.sum(-1, keepdim=True).clamp_min(1)
-    grouped = x.reshape(len(x), groups, -1) * inside
-    grouped = (grouped - grouped.sum(-1, keepdim=True) / number) * inside
-    out = (grouped * torch.rsqrt(grouped.square().sum(-1, keepdim=True) / number + eps)).reshape(x.shape)
-    out = out if weight is None else out * weight.view(shape)
-    return (out if bias is None else out + bias.view(shape)) * kept.view(shape)
+@dataclass(frozen=True)
+class Change:
+    """What makes of a call the call of the cut network.
+
+    Attributes:
+        name: of the function.
+        counted: masks of the input of a statistic, of the dimensions that it is taken over; ``None`` for others.
+        zeroed: masks of each tensor that the call returns, ``None`` where it is zero already.
+        in_place: which of them are changed in place, since the model holds on to the argument.
+    """
+
+    name: str
+    counted: Masks | None
+    zeroed: tuple[Masks | None, ...]
+    in_place: tuple[bool, ...]
+
+    def make(self, args: tuple, kwargs: dict[str, Any], out: Any, know: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """Return what is to come in place of ``out``; ``know(new, old)`` is told of every new tensor."""
+        if self.name == "__setitem__":
+            zeroed(args[0], self.zeroed[0] or (), in_place=True)
+            return out
+        if self.counted is not None:
+            olds, out = tensors_of(out), weighted(self.name, args, kwargs, self._weights(args, kwargs))
+            for new, old in zip(tensors_of(out), olds, strict=True):
+                know(new, old)
+        plans = iter(zip(self.zeroed, self.in_place, strict=True))
+
+        def silenced(tensor: Tensor) -> Tensor:
+            masks, in_place = next(plans)
+            return tensor if masks is None else know(zeroed(tensor, masks, in_place=in_place), tensor)
+
+        return tree_map_only(Tensor, silenced, out)
+
+    def _weights(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        found = statistic(self.name, args, kwargs)
+        assert found is not None and self.counted is not None
+        x, places = found
+        weights = torch.ones((), device=x.device)
+        for place, mask in enumerate(self.counted):
+            if place in places and mask is not None:
+                weights = weights * mask.to(x.device).view(-1, *(1 for _ in x.shape[place + 1 :]))
+        return weights
+
+
+class Changes:
+    """Tells for every call what is different in the cut network.
+
+    Args:
+        kept: what stays.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self._masks: dict[int, tuple[Axis, Tensor | None]] = {}
+
+    def of(self, call: FunctionCall) -> Change | None:
+        """Return what to change, ``None`` where a call is what it is in the cut network.
+
+        Raises:
+            PlanError: it takes a statistic over removed units, and is none of those known here.
+        """
+        counted = None
+        if any(self._mask(axis) is not None for axis in call.averaged):
+            if call.name not in WEIGHTED:
+                raise PlanError(
+                    f"`{call.name}` takes a mean or a variance over units that are removed, in a way that prunelab "
+                    "does not know: write it with mean, var or a norm of torch.nn.functional, or ignore these units."
+                )
+            counted = self._masks_of(call.given[0].axes)
+        out = [self._masks_of(axes) for axes in call.made]
+        if counted is None and (not any(out) or self._follows(call)):
+            return None
+        return Change(call.name, counted, tuple(out), tuple(place is not None for place in call.writes))
+
+    def _follows(self, call: FunctionCall) -> bool:
+        """Tell whether a call gives zeros where its tensors are zero."""
+        touched = [one for one in call.given if self._masks_of(one.axes)]
+        if call.name in FOLLOWS:
+            return any(one.silent for one in touched)
+        if call.name not in ALL or (call.number and call.name in ADDS):
+            return False
+        return all(one.silent for one in touched)
+
+    def _masks_of(self, axes: tuple[Axis, ...]) -> Masks | None:
+        masks = tuple(map(self._mask, axes))
+        return None if all(mask is None for mask in masks) else masks
+
+    def _mask(self, axis: Axis) -> Tensor | None:
+        if id(axis) not in self._masks:
+            mask = self.kept.mask(axis) if self.kept.size(axis) != axis.size else None
+            self._masks[id(axis)] = (axis, mask)
+        return self._masks[id(axis)][1]
+
+
+def zeroed(tensor: Tensor, masks: Masks, *, in_place: bool) -> Tensor:
+    """Return a tensor with zeros wherever an entry of a dimension does not stay."""
+    for place, mask in enumerate(masks):
+        if mask is not None:
+            gone = (~mask).nonzero().flatten().to(tensor.device)
+            tensor = tensor.index_fill_(place, gone, 0) if in_place else tensor.index_fill(place, gone, 0)
+    return tensor

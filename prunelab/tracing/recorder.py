@@ -217,7 +217,7 @@ class Recorder(TorchDispatchMode):
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.visited.setdefault(self._names[id(tensor)], len(self.visited))
-        computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
+        computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
         for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
@@ -241,7 +241,8 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def _parametric(dims: Dims) -> bool:
+def is_parametric(dims: Dims) -> bool:
+    """Tell whether the tensor with these dimensions is computed from parameters and buffers alone."""
     return not dims or any(dim.origins for dim in dims)
 
 

@@ -1,0 +1,274 @@
+"""What a model calls on real tensors, with the axes of all that goes in and comes out.
+
+Flows in: a traced model and a forward pass.  Flows out: the axes of every tensor of that pass, as soon as it is made,
+for those who change what a call does to some units: silencing and gates.  The axes of the parameters come from the
+trace; the rules carry them on through the operators, so code may branch on values and inputs may have other sizes.
+Notebook 01_tracing says what removing a unit means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from prunelab.errors import PlanError
+from prunelab.tracing.axes import Axis, copies, find, leaf
+from prunelab.tracing.recorder import Call, Dim, Dims, is_parametric, named_tensors
+from prunelab.tracing.rules import apply_rule
+
+if TYPE_CHECKING:
+    from prunelab.tracing.trace import DependencyGraph
+
+
+class _Ignored(list):
+    """A list that forgets what it is given: what rules note for a trace, and nobody asks for here."""
+
+    def append(self, value: Any) -> None:
+        """Do nothing."""
+
+
+class RealAxes(TorchDispatchMode):
+    """While on, knows the axes of every tensor that the model computes.
+
+    Args:
+        model: the traced model, or a copy of it.
+        graph: its trace.
+
+    Attributes:
+        leaves: the leaf of every group in the trace, by its ``id`` there -> its stand-in here.  What a run says of
+            axes stays here and does not reach the trace.
+        reduced: axes over which an operator took a mean or a variance, since ``reduced`` was last emptied.
+    """
+
+    def __init__(self, model: nn.Module, graph: DependencyGraph) -> None:
+        super().__init__()
+        self.model, self.graph = model, graph
+        self.module = ""
+        self.marks, self.sizes, self.ties, self.conditions, self.flops = (_Ignored() for _ in range(5))
+        self.reduced: list[Axis] = []
+        self._names: dict[int, str] = {}
+        self._dims = WeakIdKeyDictionary()
+        self._quiet = False
+        self.recorder = self
+        axes = (dim.axis for dims in graph.dims.values() for dim in dims)
+        twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
+        for name, tensor in named_tensors(model):
+            self._names[id(tensor)] = name
+            self.know(tensor, [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]])
+
+    def know(self, tensor: Tensor, dims: Dims) -> None:
+        """Say what the axes of a tensor are."""
+        self._dims[tensor] = dims
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """Return the axes of a tensor; one that was never seen is an input or a constant of the code."""
+        found = self._dims.get(tensor)
+        if found is None:
+            found = [Dim(leaf(size, "an input or a constant")) for size in tensor.shape]
+            self.know(tensor, found)
+        return found
+
+    def axes(self, tensor: Tensor) -> tuple[Axis, ...]:
+        """Return the axes of a tensor."""
+        return tuple(dim.axis for dim in self.dims(tensor))
+
+    def is_parametric(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is computed from parameters and buffers alone."""
+        return is_parametric(self.dims(tensor))
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Leave what is computed inside out: it is not the model that computes."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._quiet or func.namespace == "prim":
+            return out
+        call = Call(self, func, args, kwargs, out)  # type: ignore[arg-type]
+        if not call.outputs:
+            return out
+        computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
+        for tensor, dims in zip(call.outputs, apply_rule(call), strict=True):
+            if id(tensor) not in self._names:
+                self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
+        self.reduced += _averaged(call)
+        return out
+
+    def check(self, cut: Iterable[int]) -> None:
+        """Check that this run said nothing new of some leaves (by their ``id`` in the trace).
+
+        Raises:
+            PlanError: with these inputs the model couples units in another way than it was traced with.
+        """
+        for key in cut:
+            axis = self.leaves[key]
+            if find(axis) is not axis or axis.frozen is not None:
+                group = next(group.name for group in self.graph.groups if id(group.axis) == key)
+                why = axis.frozen or "they are coupled to others"
+                raise PlanError(
+                    f"{type(self.model).__name__} treats the units of group `{group}` otherwise with these inputs than "
+                    f"with those it was traced with: {why}. Trace it with inputs like these, or ignore that group."
+                )
+
+
+def _averaged(call: Call) -> list[Axis]:
+    """Return the axes over which an operator takes a mean or a variance."""
+    if call.name in ("mean", "var", "var_mean", "std", "std_mean"):
+        axes = [dim.axis for dim in call.dims(call.tensors[0])]
+        chosen = call.get("dim")
+        places = [chosen] if isinstance(chosen, int) else chosen or range(len(axes))
+        return [axes[place] for place in places] if axes else []
+    if call.name in ("native_layer_norm", "_fused_rms_norm"):
+        return [dim.axis for dim in call.dims("input")[-len(call["normalized_shape"]) :]]
+    if call.name == "native_group_norm":
+        return [call.dims("input")[1].axis]
+    if "batch_norm" in call.name and call.get("training", call.name == "_batch_norm_with_update"):
+        return [dim.axis for dim in call.dims("input")[2:]]
+    return []
+
+
+@cache
+def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the body of a function that PyTorch writes in Python, ``None`` for any other function.
+
+    Such a function asks first whether a mode wants to take it over as a whole.  This one does not ask, so that the mode
+    sees what it calls: ``with mode: return opened(func)(...)``.
+    """
+    if not isinstance(func, FunctionType) or not (func.__module__ or "").startswith("torch."):
+        return None
+    asks = [name for name in func.__code__.co_names if name.startswith("has_torch_function")]
+    if not asks:
+        return None
+    unasked = {**func.__globals__, **{name: lambda *_: False for name in asks}}
+    body = FunctionType(func.__code__, unasked, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a function was given.
+
+    Attributes:
+        axes: of its dimensions.
+        parametric: it is computed from parameters and buffers alone.
+        silent: it is zero wherever its units are silenced: a parameter, or what the model computed.
+    """
+
+    axes: tuple[Axis, ...]
+    parametric: bool
+    silent: bool
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a function, with the axes of what went in and came out.
+
+    Attributes:
+        name: of the function.
+        given: the tensors among its arguments, in the order of ``tree_leaves((args, kwargs))``.
+        made: the axes of the tensors that it returned.
+        writes: which of ``given`` each of them is; ``None`` for a new tensor.
+        averaged: axes over which it takes a mean or a variance.
+        number: it adds or writes a number that is not zero.
+    """
+
+    name: str
+    given: tuple[Given, ...]
+    made: tuple[tuple[Axis, ...], ...]
+    writes: tuple[int | None, ...]
+    averaged: tuple[Axis, ...]
+    number: bool
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return all tensors in nested tuples, lists and dicts."""
+    return [part for part in tree_leaves(tree) if isinstance(part, Tensor)]
+
+
+class Calls(TorchFunctionMode):
+    """While on, hands every function that the model calls to ``on_call``; those written in Python are looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: list[Callable[..., Any]] = []
+
+    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Do what the function does."""
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        body = opened(func)
+        if body is None or func in self._inside[-1:]:  # ``Tensor.unflatten`` and its like call what has their own name
+            return self.on_call(func, args, kwargs or {})
+        self._inside.append(func)
+        try:
+            with self:  # a handler runs without its mode
+                return body(*args, **(kwargs or {}))
+        finally:
+            self._inside.pop()
+
+
+class WatchedCalls(Calls):
+    """While on, hands every call to ``after_call``, with the axes of what went in and came out.
+
+    Args:
+        axes: of what the model computes; on for as long as this mode is.
+    """
+
+    def __init__(self, axes: RealAxes) -> None:
+        super().__init__()
+        self.axes = axes
+        self._computed = WeakIdKeyDictionary()
+
+    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Return what the call is to return."""
+        raise NotImplementedError
+
+    def know(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """Give a tensor the axes of another one, in whose place it is; return it."""
+        self.axes.know(tensor, self.axes.dims(like))
+        self._computed[tensor] = True
+        return tensor
+
+    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function and describe the call."""
+        given = tensors_of((args, kwargs))
+        before = [Given(self.axes.axes(one), self.axes.is_parametric(one), self._is_silent(one)) for one in given]
+        self.axes.reduced = []
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "").partition(".")[0]
+        made = tensors_of(out) if name != "__setitem__" else [args[0]]
+        if not made:
+            return out
+        places = {id(one): place for place, one in enumerate(given)}
+        numbers = [part for part in (args[2:] if name == "__setitem__" else args[:2])]
+        call = FunctionCall(
+            name,
+            tuple(before),
+            tuple(self.axes.axes(one) for one in made),
+            tuple(places.get(id(one)) for one in made),
+            tuple(self.axes.reduced),
+            any(isinstance(part, (int, float)) and part != 0 for part in numbers),
+        )
+        self._computed.update(dict.fromkeys(made, True))
+        return self.after_call(call, func, args, kwargs, out)
+
+    def _is_silent(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or tensor in self._computed
