@@ -47,7 +47,8 @@ class RealAxes(TorchDispatchMode):
     Attributes:
         leaves: the leaf of every group in the trace, by its ``id`` there -> its stand-in here.  What a run says of
             axes stays here and does not reach the trace.
-        reduced: axes over which an operator took a mean or a variance, since ``reduced`` was last emptied.
+        reduced: axes over which an operator took a mean or a variance, since it was last emptied.
+        contracted: axes over which an operator added entries up, since it was last emptied.
     """
 
     def __init__(self, model: nn.Module, graph: DependencyGraph) -> None:
@@ -56,6 +57,7 @@ class RealAxes(TorchDispatchMode):
         self.module = ""
         self.marks, self.sizes, self.ties, self.conditions, self.flops = (_Ignored() for _ in range(5))
         self.reduced: list[Axis] = []
+        self.contracted: list[Axis] = []
         self._names: dict[int, str] = {}
         self._dims = WeakIdKeyDictionary()
         self._quiet = False
@@ -186,6 +188,7 @@ class FunctionCall:
         made: the axes of the tensors that it returned.
         writes: which of ``given`` each of them is; ``None`` for a new tensor.
         averaged: axes over which it takes a mean or a variance.
+        contracted: axes over which it adds entries up.
         number: it adds or writes a number that is not zero.
     """
 
@@ -194,6 +197,7 @@ class FunctionCall:
     made: tuple[tuple[Axis, ...], ...]
     writes: tuple[int | None, ...]
     averaged: tuple[Axis, ...]
+    contracted: tuple[Axis, ...]
     number: bool
 
 
@@ -251,7 +255,7 @@ class WatchedCalls(Calls):
         """Call the function and describe the call."""
         given = tensors_of((args, kwargs))
         before = [Given(self.axes.axes(one), self.axes.is_parametric(one), self._is_silent(one)) for one in given]
-        self.axes.reduced = []
+        self.axes.reduced, self.axes.contracted = [], []
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         made = tensors_of(out) if name != "__setitem__" else [args[0]]
@@ -265,6 +269,7 @@ class WatchedCalls(Calls):
             tuple(self.axes.axes(one) for one in made),
             tuple(places.get(id(one)) for one in made),
             tuple(self.axes.reduced),
+            tuple(self.axes.contracted),
             any(isinstance(part, (int, float)) and part != 0 for part in numbers),
         )
         self._computed.update(dict.fromkeys(made, True))

@@ -99,6 +99,10 @@ class Call:
         for origin in dim.origins:
             self.recorder.marks.append((origin, role, within))
 
+    def contract(self, *dims: Dim) -> None:
+        """Say that entries of these dimensions are added up: here their units are consumed."""
+        self.recorder.contracted += [dim.axis for dim in dims]
+
     def count(self, constant: int, *dims: Dim) -> None:
         """Add a term ``constant × sizes of dims`` to the model's FLOPs."""
         self.recorder.flops.append((constant, tuple(dim.axis for dim in dims)))
@@ -150,6 +154,7 @@ class Recorder(TorchDispatchMode):
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        contracted: axes over which some operator adds entries up.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
@@ -161,6 +166,7 @@ class Recorder(TorchDispatchMode):
         self.sizes: list[tuple[str, str, Axis]] = []
         self.ties: list[list[Axis]] = []
         self.conditions: list[tuple[list[Tensor], Dims, str]] = []
+        self.contracted: list[Axis] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
         self._dims: dict[int, Dims] = {}
