@@ -7,7 +7,7 @@ pass gives the derivative of every sample's output in every gate.  Notebook 10_o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from prunelab.batches import call as call_model
 from prunelab.errors import BatchError
 from prunelab.surgery.weighted import WEIGHTED, weighted
-from prunelab.tracing.axes import Axis, leaves
-from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
+from prunelab.tracing.axes import Axis
+from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, leaves_of, tensors_of
 from prunelab.tracing.groups import unit_map
 from prunelab.tracing.trace import DependencyGraph
 
@@ -121,16 +121,16 @@ def _jobs(graph: DependencyGraph, axes: RealAxes, calls: dict[int, FunctionCall]
 
     found: dict[int, list[Gated]] = {}
     for number, call in calls.items():
-        averaged = _leaves(call.averaged) if call.name in WEIGHTED else {}
-        consumed = (
-            _leaves(axis for one in call.given for axis in one.axes).keys()
-            - _leaves(axis for axes in call.made for axis in axes).keys()
-        )
-        consumed |= _leaves(call.contracted).keys()
+        averaged = leaves_of(call.averaged)
+        if averaged.keys() & starts.keys() and call.name not in WEIGHTED:
+            raise BatchError(
+                f"`{call.name}` takes a mean or a variance over units in a way that gates do not know: write it with "
+                "mean, var or a norm of torch.nn.functional, or ignore these units in the trace."
+            )
         jobs: dict[tuple[int, bool], Gated] = {}
-        for key in sorted((consumed | averaged.keys()) & starts.keys(), key=lambda key: starts[key][1]):
+        for key in sorted(call.consumed().keys() & starts.keys(), key=lambda key: starts[key][1]):
             leaf, first = starts[key]
-            operand, dims = (0, _dims(call, 0, leaf)) if key in averaged else _operand(call, leaf)
+            operand, dims = (0, call.given[0].holds(leaf)) if key in averaged else _operand(call, leaf)
             job = jobs.setdefault((operand, key in averaged), Gated(call.name, operand, {}, key in averaged))
             for dim in dims:
                 job.places.setdefault(dim, []).append(places(call.given[operand].axes[dim], leaf, first))
@@ -139,22 +139,13 @@ def _jobs(graph: DependencyGraph, axes: RealAxes, calls: dict[int, FunctionCall]
     return found
 
 
-def _leaves(axes: Iterable[Axis]) -> dict[int, Axis]:
-    return {id(part): part for axis in axes for part in leaves(axis)}
-
-
-def _dims(call: FunctionCall, operand: int, leaf: Axis) -> list[int]:
-    """Return the dimensions of a tensor that hold a leaf."""
-    return [dim for dim, axis in enumerate(call.given[operand].axes) if any(leaf is part for part in leaves(axis))]
-
-
 def _operand(call: FunctionCall, leaf: Axis) -> tuple[int, list[int]]:
     """Return which tensor of a call gets the gates of a group, and in which dimension: an activation if there is one.
 
     Raises:
         BatchError: every tensor holds the group's units in several dimensions.
     """
-    holding = [(operand, dims) for operand in range(len(call.given)) if (dims := _dims(call, operand, leaf))]
+    holding = [(operand, dims) for operand in range(len(call.given)) if (dims := call.given[operand].holds(leaf))]
     for operand, dims in sorted(holding, key=lambda pair: call.given[pair[0]].parametric):
         if len(dims) == 1:
             return operand, dims

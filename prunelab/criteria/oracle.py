@@ -231,10 +231,8 @@ class _Calls(Calls):
             return self.known[number]
         if number in self.in_place:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        out = func(*args, **kwargs)
         change = self.changed.get(number)
-        if change is not None:
-            out = change.make(args, kwargs, out, lambda new, old: new)
+        out = func(*args, **kwargs) if change is None else change.make(func, args, kwargs)
         if self.keep:
             self.known.append(out)
         return out

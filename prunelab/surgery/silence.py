@@ -4,8 +4,8 @@ A unit is removed where it is consumed: in the cut network nothing reads it any 
 columns of their weights; sums, products of activations, norms, means and variances read it too, whether they are
 modules or calls in the model's code.  So all these leave the unit out, and means and variances are over what stays.
 
-Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero, in parameters and in everything
-that it computes, and whose statistics are taken over the kept entries only.
+Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero in its parameters, and
+are left out wherever entries are added up or a mean or a variance is taken.
 """
 
 from __future__ import annotations
@@ -19,39 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prunelab.errors import PlanError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
 from prunelab.tracing.axes import Axis
-from prunelab.tracing.calls import FunctionCall, RealAxes, WatchedCalls, tensors_of
+from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import forget
-
-_ONE = (
-    "relu relu_ leaky_relu leaky_relu_ gelu silu silu_ tanh tanh_ hardswish hardswish_ hardtanh hardtanh_ neg abs "
-    "square clone contiguous detach to type float double half mul mul_ __mul__ __rmul__ __imul__ multiply view reshape "
-    "flatten unflatten permute transpose t expand expand_as squeeze unsqueeze chunk split unbind dropout __get__"
-)
-FOLLOWS = frozenset(_ONE.split())
-"""Functions whose result is zero where one of their tensors is."""
-
-ADDS = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "__rsub__"))
-_ALL = (
-    "cat concat stack linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__ "
-    "bmm mm einsum sum scaled_dot_product_attention __getitem__ __setitem__"
-)
-ALL = ADDS | frozenset(_ALL.split())
-"""Functions whose result is zero where all their tensors are."""
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 
-    The removed entries of every parameter are zero, and so are those of all that the model computes from them.  Means,
-    variances, and layer, group and root-mean-square norms leave them out, whether they are modules or calls in the
-    model's code.  Inputs may have other sizes than the example that the model was traced with.
+    The removed entries of every parameter are zero.  Sums and products of activations, means, variances, and layer,
+    group and root-mean-square norms leave them out, whether they are modules or calls in the model's code.  Inputs may
+    have other sizes than the example that the model was traced with.
 
     Args:
         model: the model that the plan was made for, in any mode and on any device.
@@ -99,7 +83,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 class Silence(WatchedCalls):
-    """While on, whatever the model computes is zero at removed entries, and statistics leave these out.
+    """While on, removed entries count for nothing wherever the model adds entries up or takes a mean or a variance.
 
     Args:
         axes: the axes of what the model computes; on for as long as this mode is.
@@ -111,12 +95,15 @@ class Silence(WatchedCalls):
         self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
 
     def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-        """Return what the call returns in the cut network, with zeros in the place of what is not there."""
+        """Return what the call returns in the cut network; removed entries of it may be anything."""
         change = self.changes.of(call)
         if change is None:
             return out
         with self.axes.quiet():
-            return change.make(args, kwargs, out, self.know)
+            new = change.make(func, args, kwargs)
+        for one, old in zip(tensors_of(new), tensors_of(out), strict=True):
+            self.axes.know(one, self.axes.dims(old))
+        return new
 
 
 Masks = tuple[Tensor | None, ...]
@@ -129,42 +116,31 @@ class Change:
 
     Attributes:
         name: of the function.
-        counted: masks of the input of a statistic, of the dimensions that it is taken over; ``None`` for others.
-        zeroed: masks of each tensor that the call returns, ``None`` where it is zero already.
-        in_place: which of them are changed in place, since the model holds on to the argument.
+        zeroed: which of its tensors are given with zeros at removed entries, with their masks.
+        counted: masks of the input of a statistic; ``None`` for other functions.
     """
 
     name: str
+    zeroed: dict[int, Masks]
     counted: Masks | None
-    zeroed: tuple[Masks | None, ...]
-    in_place: tuple[bool, ...]
 
-    def make(self, args: tuple, kwargs: dict[str, Any], out: Any, know: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        """Return what is to come in place of ``out``; ``know(new, old)`` is told of every new tensor."""
-        if self.name == "__setitem__":
-            zeroed(args[0], self.zeroed[0] or (), in_place=True)
-            return out
-        if self.counted is not None:
-            olds, out = tensors_of(out), weighted(self.name, args, kwargs, self._weights(args, kwargs))
-            for new, old in zip(tensors_of(out), olds, strict=True):
-                know(new, old)
-        plans = iter(zip(self.zeroed, self.in_place, strict=True))
-
-        def silenced(tensor: Tensor) -> Tensor:
-            masks, in_place = next(plans)
-            return tensor if masks is None else know(zeroed(tensor, masks, in_place=in_place), tensor)
-
-        return tree_map_only(Tensor, silenced, out)
-
-    def _weights(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def make(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what the function gives in the cut network."""
+        flat, spec = tree_flatten((args, kwargs))
+        places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]
+        for operand, kept in self.zeroed.items():
+            flat[places[operand]] = zeroed(flat[places[operand]], kept)
+        args, kwargs = tree_unflatten(flat, spec)
+        if self.counted is None:
+            return func(*args, **kwargs)
         found = statistic(self.name, args, kwargs)
-        assert found is not None and self.counted is not None
-        x, places = found
+        assert found is not None
+        x, over = found
         weights = torch.ones((), device=x.device)
-        for place, mask in enumerate(self.counted):
-            if place in places and mask is not None:
-                weights = weights * mask.to(x.device).view(-1, *(1 for _ in x.shape[place + 1 :]))
-        return weights
+        for dim, mask in enumerate(self.counted):
+            if dim in over and mask is not None:
+                weights = weights * mask.to(x.device).view(-1, *(1 for _ in x.shape[dim + 1 :]))
+        return weighted(self.name, args, kwargs, weights)
 
 
 class Changes:
@@ -179,11 +155,15 @@ class Changes:
         self._masks: dict[int, tuple[Axis, Tensor | None]] = {}
 
     def of(self, call: FunctionCall) -> Change | None:
-        """Return what to change, ``None`` where a call is what it is in the cut network.
+        """Return what to change, ``None`` where removed entries do not reach what the call returns of others.
 
         Raises:
             PlanError: it takes a statistic over removed units, and is none of those known here.
         """
+        gone = [leaf for key, leaf in call.consumed().items() if key in self.kept.masks]
+        if not gone:
+            return None
+        change = {n: self._masks_of(one) for n, one in enumerate(call.given) if any(map(one.holds, gone))}
         counted = None
         if any(self._mask(axis) is not None for axis in call.averaged):
             if call.name not in WEIGHTED:
@@ -191,24 +171,17 @@ class Changes:
                     f"`{call.name}` takes a mean or a variance over units that are removed, in a way that prunelab "
                     "does not know: write it with mean, var or a norm of torch.nn.functional, or ignore these units."
                 )
-            counted = self._masks_of(call.given[0].axes)
-        out = [self._masks_of(axes) for axes in call.made]
-        if counted is None and (not any(out) or self._follows(call)):
-            return None
-        return Change(call.name, counted, tuple(out), tuple(place is not None for place in call.writes))
+            counted = change[0]
+        change = {operand: masks for operand, masks in change.items() if not call.given[operand].silent}
+        if change and call.writes:
+            raise PlanError(
+                f"`{call.name}` adds up removed units and writes the sum into one of its tensors, which prunelab "
+                "cannot silence: write it without an underscore, or ignore these units."
+            )
+        return Change(call.name, change, counted) if change or counted else None
 
-    def _follows(self, call: FunctionCall) -> bool:
-        """Tell whether a call gives zeros where its tensors are zero."""
-        touched = [one for one in call.given if self._masks_of(one.axes)]
-        if call.name in FOLLOWS:
-            return any(one.silent for one in touched)
-        if call.name not in ALL or (call.number and call.name in ADDS):
-            return False
-        return all(one.silent for one in touched)
-
-    def _masks_of(self, axes: tuple[Axis, ...]) -> Masks | None:
-        masks = tuple(map(self._mask, axes))
-        return None if all(mask is None for mask in masks) else masks
+    def _masks_of(self, given: Given) -> Masks:
+        return tuple(map(self._mask, given.axes))
 
     def _mask(self, axis: Axis) -> Tensor | None:
         if id(axis) not in self._masks:
@@ -217,10 +190,9 @@ class Changes:
         return self._masks[id(axis)][1]
 
 
-def zeroed(tensor: Tensor, masks: Masks, *, in_place: bool) -> Tensor:
-    """Return a tensor with zeros wherever an entry of a dimension does not stay."""
-    for place, mask in enumerate(masks):
+def zeroed(tensor: Tensor, masks: Masks) -> Tensor:
+    """Return a copy of a tensor with zeros wherever an entry of a dimension does not stay."""
+    for dim, mask in enumerate(masks):
         if mask is not None:
-            gone = (~mask).nonzero().flatten().to(tensor.device)
-            tensor = tensor.index_fill_(place, gone, 0) if in_place else tensor.index_fill(place, gone, 0)
+            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), 0)
     return tensor

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prunelab.errors import PlanError
-from prunelab.tracing.axes import Axis, copies, find, leaf
+from prunelab.tracing.axes import Axis, copies, find, leaf, leaves
 from prunelab.tracing.recorder import Call, Dim, Dims, is_parametric, named_tensors
 from prunelab.tracing.rules import apply_rule
 
@@ -163,6 +163,26 @@ def opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
     return body
 
 
+_ONE = (
+    "relu relu_ leaky_relu leaky_relu_ gelu silu silu_ tanh tanh_ hardswish hardswish_ hardtanh hardtanh_ neg abs "
+    "square clone contiguous detach to type float double half mul mul_ __mul__ __rmul__ __imul__ multiply view reshape "
+    "flatten unflatten permute transpose t expand expand_as squeeze unsqueeze chunk split unbind dropout layer_norm "
+    "rms_norm group_norm __getitem__ __get__"
+)
+FOLLOWS_ONE = frozenset(_ONE.split())
+"""Functions whose result is zero where one of their tensors is."""
+
+ADDS = frozenset(
+    ("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "__setitem__")
+)
+_ALL = (
+    "cat concat stack linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__ "
+    "bmm mm addmm einsum sum scaled_dot_product_attention"
+)
+FOLLOWS_ALL = ADDS | frozenset(_ALL.split())
+"""Functions whose result is zero where all their tensors are; with ``ADDS`` a number would show."""
+
+
 @dataclass(frozen=True)
 class Given:
     """A tensor that a function was given.
@@ -170,12 +190,16 @@ class Given:
     Attributes:
         axes: of its dimensions.
         parametric: it is computed from parameters and buffers alone.
-        silent: it is zero wherever its units are silenced: a parameter, or what the model computed.
+        silent: once the parameters of some units are zero, it is zero wherever it holds these units.
     """
 
     axes: tuple[Axis, ...]
     parametric: bool
     silent: bool
+
+    def holds(self, leaf: Axis) -> list[int]:
+        """Return the dimensions that a leaf is part of."""
+        return [dim for dim, axis in enumerate(self.axes) if any(leaf is part for part in leaves(axis))]
 
 
 @dataclass(frozen=True)
@@ -186,19 +210,29 @@ class FunctionCall:
         name: of the function.
         given: the tensors among its arguments, in the order of ``tree_leaves((args, kwargs))``.
         made: the axes of the tensors that it returned.
-        writes: which of ``given`` each of them is; ``None`` for a new tensor.
         averaged: axes over which it takes a mean or a variance.
         contracted: axes over which it adds entries up.
-        number: it adds or writes a number that is not zero.
+        writes: it changes one of the tensors that it was given.
     """
 
     name: str
     given: tuple[Given, ...]
     made: tuple[tuple[Axis, ...], ...]
-    writes: tuple[int | None, ...]
     averaged: tuple[Axis, ...]
     contracted: tuple[Axis, ...]
-    number: bool
+    writes: bool
+
+    def consumed(self) -> dict[int, Axis]:
+        """Return the leaves, by ``id``, whose entries meet in this call: they are added up, or not in the result."""
+        gone = leaves_of(axis for one in self.given for axis in one.axes)
+        for key in leaves_of(axis for axes in self.made for axis in axes):
+            gone.pop(key, None)
+        return {**gone, **leaves_of(self.contracted), **leaves_of(self.averaged)}
+
+
+def leaves_of(axes: Iterable[Axis]) -> dict[int, Axis]:
+    """Return the leaves of axes by their ``id``."""
+    return {id(part): part for axis in axes for part in leaves(axis)}
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -239,41 +273,59 @@ class WatchedCalls(Calls):
     def __init__(self, axes: RealAxes) -> None:
         super().__init__()
         self.axes = axes
-        self._computed = WeakIdKeyDictionary()
+        self._groups = {id(leaf) for leaf in axes.leaves.values()}
+        self._silent = WeakIdKeyDictionary()
 
     def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """Return what the call is to return."""
         raise NotImplementedError
 
-    def know(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Give a tensor the axes of another one, in whose place it is; return it."""
-        self.axes.know(tensor, self.axes.dims(like))
-        self._computed[tensor] = True
-        return tensor
-
     def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call the function and describe the call."""
         given = tensors_of((args, kwargs))
         before = [Given(self.axes.axes(one), self.axes.is_parametric(one), self._is_silent(one)) for one in given]
+        versions = [_version(one) for one in given]
         self.axes.reduced, self.axes.contracted = [], []
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         made = tensors_of(out) if name != "__setitem__" else [args[0]]
         if not made:
             return out
-        places = {id(one): place for place, one in enumerate(given)}
-        numbers = [part for part in (args[2:] if name == "__setitem__" else args[:2])]
         call = FunctionCall(
             name,
             tuple(before),
             tuple(self.axes.axes(one) for one in made),
-            tuple(places.get(id(one)) for one in made),
             tuple(self.axes.reduced),
             tuple(self.axes.contracted),
-            any(isinstance(part, (int, float)) and part != 0 for part in numbers),
+            versions != [_version(one) for one in given],
         )
-        self._computed.update(dict.fromkeys(made, True))
-        return self.after_call(call, func, args, kwargs, out)
+        number = any(isinstance(part, (int, float)) and part != 0 for part in _operands(name, args))
+        silent = self._follows(call, number)
+        out = self.after_call(call, func, args, kwargs, out)
+        for one in made if name == "__setitem__" else tensors_of(out):
+            self._silent[one] = _version(one) if silent else None
+        return out
 
     def _is_silent(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter) or tensor in self._computed
+        """Tell whether a tensor is zero where parameters made it so; a view whose base was written to is not."""
+        if tensor in self._silent:
+            return self._silent[tensor] == _version(tensor)
+        return isinstance(tensor, nn.Parameter)
+
+    def _follows(self, call: FunctionCall, number: bool) -> bool:
+        holding = [one for one in call.given if leaves_of(one.axes).keys() & self._groups]
+        if call.name in FOLLOWS_ALL and not (number and call.name in ADDS):
+            return all(one.silent for one in holding)
+        if call.name not in FOLLOWS_ONE:
+            return False
+        zero = {key for one in holding if one.silent for key in leaves_of(one.axes)}
+        return leaves_of(axis for axes in call.made for axis in axes).keys() & self._groups <= zero
+
+
+def _operands(name: str, args: tuple) -> tuple:
+    """Return what a function adds or writes, if it does one of these."""
+    return args[2:] if name == "__setitem__" else args[:2]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
