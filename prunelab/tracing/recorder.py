@@ -144,6 +144,7 @@ class Recorder(TorchDispatchMode):
         model: a copy on fake tensors; gets hooks that tell which module runs.
         rule: gives the dimensions of every output of a call.
         shortcut: answers in PyTorch's place what a call returns, where it knows that.
+        sizes_matter: tells of a call whether its sizes may hold for the example alone.
 
     Attributes:
         tape: every operator call, in order.
@@ -154,13 +155,21 @@ class Recorder(TorchDispatchMode):
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        held: if a list, calls are put there and state no equation yet.
+        sized: some call gave a size that may hold for the example alone.
         contracted: axes over which some operator adds entries up.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
-    def __init__(self, model: nn.Module, rule: Callable[[Call], list[Dims]], shortcut: Shortcut) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Callable[[Call], list[Dims]],
+        shortcut: Shortcut,
+        sizes_matter: Callable[[Call], bool] = lambda call: False,
+    ) -> None:
         super().__init__()
-        self.model, self.rule, self.shortcut = model, rule, shortcut
+        self.model, self.rule, self.shortcut, self.sizes_matter = model, rule, shortcut, sizes_matter
         self.tape: list[Op] = []
         self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
         self.sizes: list[tuple[str, str, Axis]] = []
@@ -169,6 +178,8 @@ class Recorder(TorchDispatchMode):
         self.contracted: list[Axis] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
+        self.held: list[tuple] | None = None
+        self.sized = False
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
         self._stack: list[str] = []
@@ -216,10 +227,26 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
-        call = Call(self, func, args, kwargs, self._run(func, args, kwargs))
-        out = call.out
+        out = self._run(func, args, kwargs)
+        if self.held is None:
+            self._note(func, args, kwargs, out)
+        else:
+            self.held.append((func, args, kwargs, out, self.module))
+        return out
+
+    def note_held(self, held: list[tuple]) -> None:
+        """State the equations of calls that were held back."""
+        for *call, module in held:
+            self._stack.append(module)
+            self._note(*call)
+            self._stack.pop()
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """State the equations of a call and put it on the tape."""
+        call = Call(self, func, args, kwargs, out)
         if not call.outputs:
-            return out
+            return
+        self.sized = self.sized or self.sizes_matter(call)
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.visited.setdefault(self._names[id(tensor)], len(self.visited))
@@ -228,7 +255,6 @@ class Recorder(TorchDispatchMode):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
-        return out
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""
