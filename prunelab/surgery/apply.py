@@ -6,7 +6,9 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
 from prunelab.planning.plan import Plan
+from prunelab.surgery.agreement import Example, has_data
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
@@ -36,11 +39,13 @@ def apply(
     inplace: bool = False,
     backend: Literal["auto", "module", "graph"] = "auto",
     compensate: Compensation | Statistics | Batches | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Return ``model`` without the units that ``plan`` removes.
 
     Parameters and buffers are indexed, sizes that layers and the model's own code keep as integers are set, and the
-    result is traced again on tensors without data: every operator must give the shape that the plan says.
+    result is traced again on tensors without data: every operator must give the shape that the plan says.  Then the cut
+    network and ``pl.masked`` run once, in eval mode, and must give the same.
 
     Args:
         model: the model that the plan was made for, in any mode and on any device.
@@ -49,6 +54,8 @@ def apply(
         backend: ``"module"`` keeps the model's class and cuts it; ``"graph"`` rebuilds the model from the operators it
             calls (``replay``); ``"auto"`` does the first where it is right, else the second, with a warning.
         compensate: batches, statistics or ``Compensation``: what is left is refitted to make up for what goes.
+        check: compare the cut network with ``pl.masked`` by value, on an input of the traced shape: two forward passes,
+            and a copy of the model.  Without data (on the meta device) that is left out, with a warning.
 
     Returns:
         The smaller model: of the same class or a ``torch.fx.GraphModule``, in the same mode, on the same device.
@@ -63,7 +70,7 @@ def apply(
     if backend != "module":
         from prunelab.replay.rebuild import route  # which needs this module
 
-        return route(model, plan, backend, inplace=inplace, compensate=compensate)
+        return route(model, plan, backend, inplace=inplace, compensate=compensate, check=check)
     touched = {name for cut in plan.cuts for name, _ in cut.members}
     rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
     graph, kept = open_plan(rehearsal, plan)
@@ -73,11 +80,33 @@ def apply(
     except TraceError as error:
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
-    fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-    target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
-    _cut(target, graph, kept, fixes, fresh)
+    target = None
+    if check and (example := example_for(model, plan, graph, kept)) is not None:
+        target = free(fakes.forget(copy.deepcopy(model)), touched)
+        _cut(target, graph, kept, fixes)
+        example.check(target)
+    if target is None or inplace or compensate is not None:
+        fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
+        target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
+        _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     return target
+
+
+def example_for(model: nn.Module, plan: Plan, graph: DependencyGraph, kept: Kept) -> Example | None:
+    """Return what a cut network is compared by; ``None``, with a warning, if the model has no data."""
+    from prunelab.surgery.silence import silenced  # which needs ``Kept``
+
+    if not kept.masks:
+        return None
+    if not has_data(model):
+        warnings.warn(
+            f"The cut {type(model).__name__} was not compared with pl.masked: its weights have no data. Compare them "
+            "once it has, or pass check=False.",
+            stacklevel=4,
+        )
+        return None
+    return Example(partial(silenced, model, graph, kept), plan.inputs)
 
 
 class Kept:
