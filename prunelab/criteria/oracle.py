@@ -25,6 +25,7 @@ from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import KeptNorms, _norms
+from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
@@ -141,7 +142,10 @@ class _Replay:
         mask = torch.ones(group.size, dtype=torch.bool)
         mask[unit] = False
         kept = Kept({id(group.axis): mask})
-        touched = {m.name: parameters[m.name] for m in group.members if m.name in parameters}
+        lengths = folded(graph, kept, parameters)
+        scaled = scaled_rows(graph)
+        names = [*lengths, *(member.name for member in group.members)]
+        touched = {name: parameters[name] for name in names if name in parameters}
         saved = {name: parameter.clone() for name, parameter in touched.items()}
         norms = KeptNorms(_norms(graph, kept))
         calls = _Calls(set())
@@ -150,8 +154,10 @@ class _Replay:
             start = self._start(touched, norms)
             calls.known, norms.place = self.known[:start], self.norms_before[start]
         try:
+            for name, length in lengths.items():
+                parameters[name].copy_(length)
             for member in group.members:
-                if member.name in touched:
+                if member.name in touched and (member.name, member.dim) not in scaled:
                     gone = (~kept.mask(graph.dims[member.name][member.dim].axis)).nonzero().flatten()
                     touched[member.name].index_fill_(member.dim, gone.to(touched[member.name].device), 0)
             with norms, calls:

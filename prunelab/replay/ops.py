@@ -30,10 +30,13 @@ aten = torch.ops.aten
 
 HARMLESS = {"dim", "dims", "dim0", "dim1", "kernel_size", "stride", "padding", "dilation", "output_padding", "pad"}
 HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor", "downscale_factor", "padding_idx"}
-HARMLESS |= {"correction", "memory_format", "divisor_override"}
+HARMLESS |= {"correction", "memory_format", "divisor_override", "axis", "ch_axis", "quant_min", "quant_max", "mode"}
+HARMLESS |= {"interpolation_mode", "padding_mode", "pooled_height", "pooled_width", "sampling_ratio", "normalization"}
+HARMLESS |= {"last_dim_size", "offset", "dim1", "dim2", "expand1", "expand2", "expand3", "sumdim", "unroll_dim"}
+HARMLESS |= {"compute_mode"}
 """Integers that stay as they are when channels are cut: places, and sizes in space."""
 
-UNKNOWN = {"new_empty_strided", "empty_strided", "unfold", "im2col", "col2im"}
+UNKNOWN = {"new_empty_strided", "empty_strided"}
 """Operators whose integers follow the layout in memory."""
 
 
@@ -57,7 +60,7 @@ def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
         if argument.name == "size" and isinstance(value, (list, tuple)):
             value = step.size(results[0])
         else:
-            numbers = any(type(part) in (int, Varying) for part in tree_leaves(value))
+            numbers = any(_is_number(part) for part in tree_leaves(value))
             integers = numbers and "int" in str(argument.type).lower()  # a Scalar is a "number"
             if cut and integers and argument.name not in harmless and torch.Tag.pointwise not in row.func.tags:
                 raise PlanError(
@@ -75,6 +78,10 @@ def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
     several = step.builder.call(row.func, *given, **named)
     for place in row.shapes:
         step.give(operator.getitem, several, place, place=place)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value.values[0] if isinstance(value, Varying) else value) is int
 
 
 def view(step: Step) -> None:
@@ -227,6 +234,39 @@ def shuffle(step: Step) -> None:
     step.give(aten.channel_shuffle.default, step.builder.node(source), step.builder.kept.size(outer))
 
 
+def padding(step: Step) -> None:
+    """Padding with a constant may also drop entries: of a cut dimension, as many as are left of them."""
+    source = step["self"]
+    amounts = list(step["pad"])
+    for back in range(len(amounts) // 2):
+        dim = len(step.was(source)) - 1 - back
+        if step.was(source)[dim] != step.stays(source)[dim] and any(type(n) is int and n < 0 for n in amounts):
+            kept = step.builder.mask(source, dim)
+            first, last = amounts[2 * back : 2 * back + 2]
+            amounts[2 * back] = -int(kept[:-first].sum()) if first < 0 else first
+            amounts[2 * back + 1] = -int(kept[last:].sum()) if last < 0 else last
+    step.give(step.row.func, step.builder.node(source), step.builder.argument(amounts), step["value"])
+
+
+def windows(step: Step) -> None:
+    """Pieces of a dimension that is not cut."""
+    plain(step, {"dimension", "size", "step"})
+
+
+def sampling_grid(step: Step) -> None:
+    """The size is that of an image, of which only height and width matter."""
+    size = [step.number_of(value, 0, 0) for value in step["size"]]
+    step.give(step.row.func, step.builder.node(step["theta"]), size, step["align_corners"])
+
+
+def deformable(step: Step) -> None:
+    """With as many groups as are left; the rest is about space."""
+    x, weight = step["input"], step["weight"]
+    groups = step.stays(x)[1] // step.stays(weight)[1]
+    values = [groups if name == "groups" else step.builder.argument(value) for name, value in step.values.items()]
+    step.give(step.row.func, *values)
+
+
 def fresh(step: Step) -> None:
     """A constant written in the code, made anew in every call, since code may write to it."""
     step.give(aten.clone.default, step.builder.node(step["self"]))
@@ -250,6 +290,10 @@ RULES: dict[Rule, str] = {
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm _batch_norm_with_update",
     shuffle: "channel_shuffle native_channel_shuffle",
+    padding: "constant_pad_nd",
+    windows: "unfold",
+    sampling_grid: "affine_grid_generator",
+    deformable: "torchvision::deform_conv2d",
     fresh: "lift_fresh lift_fresh_copy",
 }
 """The table; operators that are not in it are called as they were (``plain``)."""

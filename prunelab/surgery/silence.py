@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
+from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.trace import DependencyGraph
 
@@ -43,8 +44,11 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     silent = forget(copy.deepcopy(model))
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
+        for name, length in folded(graph, kept, parameters).items():
+            parameters[name].copy_(length)
+        scaled = scaled_rows(graph)
         for name, place, mask in masks(graph, kept):
-            if name in parameters:
+            if name in parameters and (name, place) not in scaled:
                 parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
     norms = _norms(graph, kept)
     if any(mask is not None for _, mask in norms):

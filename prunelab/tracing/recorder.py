@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,9 @@ class Dim(NamedTuple):
 
 
 Dims = list[Dim]
+
+NUMBERS = "it holds numbers, not weights"
+"""Why a buffer of integers is frozen."""
 
 
 @cache
@@ -61,15 +65,23 @@ class Call:
         values: argument name -> what was given, or the default.
         tensors: all tensors among the arguments, lists included.
         outputs: all tensors that it returned.
+        strides: of the first argument before the call, for operators that change them in place.
     """
 
-    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        self.recorder, self.func, self.out = recorder, func, out
+    def __init__(
+        self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()
+    ) -> None:
+        self.recorder, self.func, self.out, self.strides = recorder, func, out, strides
         self.name, defaults = signature(func)
         self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         self.tensors = tensors_in(self.values.values())
         self.outputs = tensors_in([out])
         self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose ``forward`` runs, as a copy without data."""
+        return self.recorder.model.get_submodule(self.recorder.module)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -150,6 +162,8 @@ class Recorder(TorchDispatchMode):
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        made: ``(axis, where)``: sizes of tensors that code makes of one number; free if a weight has that width too.
+        weight_norms: ``(v, g, dim)``: parameters whose weight is ``g · v / ‖v‖``, with a norm per entry of ``dim``.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
@@ -161,6 +175,8 @@ class Recorder(TorchDispatchMode):
         self.sizes: list[tuple[str, str, Axis]] = []
         self.ties: list[list[Axis]] = []
         self.conditions: list[tuple[list[Tensor], Dims, str]] = []
+        self.made: list[tuple[Axis, str]] = []
+        self.weight_norms: list[tuple[str, str, int]] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
         self._dims: dict[int, Dims] = {}
@@ -170,7 +186,7 @@ class Recorder(TorchDispatchMode):
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(model):
-            why = None if tensor.is_floating_point() or tensor.is_complex() else "it holds numbers, not weights"
+            why = None if tensor.is_floating_point() or tensor.is_complex() else NUMBERS
             self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
             self._names[id(tensor)] = name
             if isinstance(tensor, nn.Parameter):
@@ -210,7 +226,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
-        call = Call(self, func, args, kwargs, self._run(func, args, kwargs))
+        strides = args[0].stride() if func in _RESTRIDES else ()
+        call = Call(self, func, args, kwargs, self._run(func, args, kwargs), strides)
         out = call.out
         if not call.outputs:
             return out
@@ -239,6 +256,10 @@ class Recorder(TorchDispatchMode):
             if key is not None:
                 self.shortcut.remember(key, func, args, kwargs, out)
         return out
+
+
+_RESTRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default)
+"""Operators whose meaning depends on how a tensor lies in memory."""
 
 
 def _parametric(dims: Dims) -> bool:
