@@ -33,7 +33,7 @@ HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor"
 HARMLESS |= {"correction", "memory_format", "divisor_override", "axis", "ch_axis", "quant_min", "quant_max", "mode"}
 HARMLESS |= {"interpolation_mode", "padding_mode", "pooled_height", "pooled_width", "sampling_ratio", "normalization"}
 HARMLESS |= {"last_dim_size", "offset", "dim1", "dim2", "expand1", "expand2", "expand3", "sumdim", "unroll_dim"}
-HARMLESS |= {"compute_mode"}
+HARMLESS |= {"compute_mode", "low", "high", "zero_point"}
 """Integers that stay as they are when channels are cut: places, and sizes in space."""
 
 UNKNOWN = {"new_empty_strided", "empty_strided"}
@@ -217,7 +217,8 @@ def batch_norm(step: Step) -> None:
     )
     momentum: Any = step.values.get("momentum", step.values.get("exponential_average_factor"))
     eps = step.values.get("eps", step.values.get("epsilon"))
-    builder, always = step.builder, step.values.get("training", mean is None)
+    builder, updates = step.builder, step.name == "_batch_norm_with_update"
+    always = step.values.get("training", updates or mean is None)
     node = [builder.node(value) for value in (x, mean, variance, weight, bias)]
     if always or not isinstance(mean, Ref) or mean.kind != "tensor":
         step.give(F.batch_norm, *node, always, momentum, eps, place=0)

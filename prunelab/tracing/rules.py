@@ -19,6 +19,7 @@ from prunelab.tracing.rules_entries import (
     is_tensor,
     made,
     made_like,
+    matrices,
     merge,
     pointwise,
     restrided,
@@ -104,6 +105,7 @@ def matmul(call: Call) -> list[Dims]:
         label(left[-1], "head_width")
         for dim in batch:
             label(dim, "heads")
+            label(right[-1], "head_width")
     call.count(2, *batch, left[-2], left[-1], right[-1])
     out = [*batch, left[-2], right[-1]]
     if call.name in ("addmm", "baddbmm"):
@@ -196,7 +198,7 @@ RULES: dict[Rule, str] = {
     same: "clone detach alias lift_fresh _to_copy zeros_like ones_like empty_like rand_like randn_like randint_like "
     "full_like bernoulli uniform normal exponential poisson _conj",
     restrided: "as_strided",
-    view: "view _unsafe_view _reshape_alias",
+    view: "view _unsafe_view",
     permute: "permute",
     transpose: "transpose t",
     squeeze: "squeeze",
@@ -218,7 +220,7 @@ RULES: dict[Rule, str] = {
     reorder: "roll flip cumsum cumprod cummax cummin logcumsumexp sort triu tril",
     pixel_shuffle: "pixel_shuffle",
     pixel_unshuffle: "pixel_unshuffle",
-    channel_shuffle: "channel_shuffle native_channel_shuffle",
+    channel_shuffle: "channel_shuffle",
     matmul: "mm bmm addmm baddbmm",
     matvec: "mv dot vdot addmv",
     outer_product: "addr",
@@ -227,7 +229,7 @@ RULES: dict[Rule, str] = {
     deformable: "torchvision::deform_conv2d",
     attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math",
+    "_scaled_dot_product_fused_attention_overrideable",
     embedding: "embedding",
     embedding_bag: "_embedding_bag _embedding_bag_forward_only",
     weight_norm: "_weight_norm_interface",
@@ -235,7 +237,7 @@ RULES: dict[Rule, str] = {
     "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
     "_fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm batch_norm _batch_norm_with_update",
+    "miopen_batch_norm _batch_norm_with_update",
     layer_norm: "native_layer_norm _fused_rms_norm",
     group_norm: "native_group_norm",
     reduction: "sum mean amax amin prod var var_mean std std_mean norm linalg_vector_norm any all logsumexp max min "
@@ -243,7 +245,7 @@ RULES: dict[Rule, str] = {
     softmax: "_softmax _log_softmax _safe_softmax",
     statistic: "median nanmedian mode aminmax count_nonzero nansum kthvalue",
     renorm: "renorm",
-    distances: "_cdist_forward _euclidean_dist",
+    distances: "_cdist_forward",
     spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
@@ -264,8 +266,9 @@ RULES: dict[Rule, str] = {
     gathering: "gather",
     scattering: "scatter scatter_add scatter_reduce index_add index_copy index_reduce",
     segments: "segment_reduce",
-    whole: "linalg_inv_ex linalg_householder_product linalg_matrix_exp _linalg_solve_ex _linalg_svd _linalg_eigh "
-    "_linalg_det linalg_qr linalg_cholesky_ex linalg_pinv linalg_lstsq masked_scatter take bincount trace",
+    matrices: "linalg_inv_ex linalg_householder_product linalg_matrix_exp _linalg_solve_ex _linalg_svd _linalg_eigh "
+    "_linalg_det linalg_qr linalg_cholesky_ex linalg_pinv",
+    whole: "masked_scatter take trace",
 }
 """The whole table, rule by operators; in-place forms (``relu_``) follow their plain ones."""
 

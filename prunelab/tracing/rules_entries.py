@@ -105,7 +105,26 @@ def freeze_whole(call: Call, why: str) -> None:
         call.freeze(dims, why)
 
 
+def matrices(call: Call) -> list[Dims]:
+    """Inverses and decompositions need whole matrices, the last two dimensions; those before them pass."""
+    first, *others = [call.dims(tensor) for tensor in call.tensors]
+    batch = first[:-2]
+    sizes = [dim.size for dim in batch]
+    if ".parametrizations." in f".{call.recorder.module}":
+        return whole(call)
+    for dims in (first, *others):
+        passes = len(dims) >= len(batch) and [dim.size for dim in dims[: len(batch)]] == sizes
+        for one, two in zip(batch, dims, strict=False) if passes else ():
+            call.unify(one, two)
+        call.freeze(dims[len(batch) :] if passes else [*dims, *batch], "needs all of its entries")
+    results = [list(out.shape[: len(batch)]) == sizes for out in call.outputs]
+    return [
+        [*batch, *made_like(call, out)[len(batch) :]] if fits else made_like(call, out)
+        for out, fits in zip(call.outputs, results, strict=True)
+    ]
+
+
 def whole(call: Call) -> list[Dims]:
-    """Every entry of the result depends on all entries (inverses, decompositions, orthogonal weights)."""
+    """Every entry of the result depends on all entries."""
     freeze_whole(call, "needs all of its entries")
     return made(call)

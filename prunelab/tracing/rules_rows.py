@@ -133,7 +133,11 @@ def embedding_bag(call: Call) -> list[Dims]:
     call.freeze([table], "looks entries up by number")
     call.mark(width, "produces")
     bags = call.fresh(call.outputs[0].shape[0])
-    return [[bags, width], *(made_like(call, other) for other in call.outputs[1:])]
+    others = [
+        [call.fresh(len(other)), width] if other.shape == call.outputs[0].shape else made_like(call, other)
+        for other in call.outputs[1:]  # the last tells, for a maximum, where each feature was taken from
+    ]
+    return [[bags, width], *others]
 
 
 def statistic(call: Call) -> list[Dims]:

@@ -43,6 +43,7 @@ def fractional_pool(call: Call) -> list[Dims]:
     keep = len(dims) - _space(call)
     for one, two in zip(reversed(dims[:keep]), reversed(samples[:-1]), strict=False):
         call.unify(one, two)
+    call.freeze(samples[-1:], "samples it")
     return spatial(call)
 
 
