@@ -42,6 +42,7 @@ def traced(case: Operator, device: str) -> pl.DependencyGraph | None:
         raise
 
 
+@pytest.mark.filterwarnings("ignore:.*was rebuilt for inputs of exactly the sizes", "ignore:index_reduce")
 @each
 def test_a_cut_around_an_operator_is_exact(case: Operator):
     if "cpu" not in case.devices:
@@ -63,6 +64,7 @@ def test_a_cut_around_an_operator_is_exact(case: Operator):
         assert error(found, wanted) < (1e-10 if case.dtype == torch.float64 else 1e-6), backend
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 @each
 def test_an_operator_leaves_the_same_groups_on_every_device(case: Operator):
     graphs = {device: traced(case, device) for device in case.devices}
@@ -72,6 +74,7 @@ def test_an_operator_leaves_the_same_groups_on_every_device(case: Operator):
         assert found == groups[case.devices[0]]
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")
 def test_every_word_of_the_table_is_dispatched():
     words = {word for names in RULES.values() for word in names.split()}
     words = {word for word in words if "::" in word or hasattr(torch.ops.aten, word)}
