@@ -59,6 +59,7 @@ class Operator:
         groups: how many groups it has.
         dtype: that the cut is compared in.
         own: its own class can be cut, since no size is written into its code.
+        rebuilt: it can be rebuilt from its operators.
         devices: where its operators exist.
     """
 
@@ -67,6 +68,7 @@ class Operator:
     groups: int = 1
     dtype: torch.dtype = torch.float64
     own: bool = True
+    rebuilt: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda", "mps")
 
 
@@ -106,6 +108,10 @@ layer("_prelu_kernel", lambda: nn.PReLU(WIDTH))
 rows("where clamp masked_fill", lambda x, _: torch.where(x > 0, x, x.clamp(-1, 1)).masked_fill(x > 2, 0.0))
 rows("lerp addcmul addcdiv", lambda x, _: torch.lerp(x, x * x, 0.3) + torch.addcmul(x, x, x) + x.addcdiv(x, x.exp()))
 rows("copy fill zero", lambda x, _: torch.empty_like(x).fill_(2.0).mul_(x) + x.clone().zero_() + x.clone().copy_(x))
+rows(
+    "floor_divide isin bucketize",
+    lambda x, i: x + x.floor_divide(2.0) + torch.isin(x, x.new_ones(1)) + torch.bucketize(x, i.float()),
+)
 rows("complex view_as_real _conj", lambda x, _: torch.view_as_real(torch.complex(x, x).conj().resolve_conj()).sum(-1))
 rows(
     "polar view_as_complex",
@@ -172,6 +178,9 @@ rows("repeat", lambda x, _: x.repeat(1, 3), wide=24, groups=2, own=False)
 rows("select", lambda x, _: x[:, None].expand(-1, 3, -1)[:, 1])
 rows("unbind", lambda x, _: sum(x[:, None].expand(-1, 3, -1).unbind(1)))
 rows("slice cat", lambda x, _: torch.cat([x[:, :3].tanh(), x[:, 3:]], 1), groups=2, own=False)
+rows("slice_scatter", lambda x, _: x.slice_scatter(x[:, 3:].tanh(), 1, 3), groups=2, own=False)
+rows("select_scatter", lambda x, _: x.select_scatter(x[0].tanh(), 0, 2))
+images("diag_embed", lambda x, _: x[..., 0].diag_embed())
 rows("split", lambda x, _: torch.cat([part.tanh() for part in x.chunk(2, 1)], 1), groups=2)
 rows("split_with_sizes", lambda x, _: torch.cat([part.tanh() for part in x.split([2, 6], 1)], 1), groups=2, own=False)
 rows("unsafe_split", lambda x, _: torch.cat(torch.unsafe_split(x, 4, 1), 1), groups=2, own=False)
@@ -229,6 +238,22 @@ class Weighted(nn.Module):
         return torch.randn(2, 4, 3)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer on tokens, of which the last one is used."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(3, WIDTH), kind(WIDTH, 5, batch_first=True, **options)
+        self.last = nn.Linear(10 if self.layer.bidirectional else 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(self.first(x).tanh())[0][:, -1])
+
+    def inputs(self) -> Tensor:
+        """Return a batch."""
+        return torch.randn(2, 4, 3)
+
+
 class Bilinear(nn.Module):
     """Products of the features of two layers, weighted."""
 
@@ -248,9 +273,9 @@ class Bilinear(nn.Module):
 class Tokens(nn.Module):
     """Rows of a table are looked up, alone or in bags."""
 
-    def __init__(self, mode: str | None = None) -> None:
+    def __init__(self, mode: str | None = None, max_norm: float | None = None) -> None:
         super().__init__()
-        self.table = nn.Embedding(9, WIDTH) if mode is None else nn.EmbeddingBag(9, WIDTH, mode=mode)
+        self.table = nn.Embedding(9, WIDTH, max_norm=max_norm) if mode is None else nn.EmbeddingBag(9, WIDTH, mode=mode)
         self.last = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -337,6 +362,11 @@ for kernel, more in (("flash", ()), ("efficient", (None, False)), ("cudnn", (Non
 rows("mv addmv", lambda x, _: x * torch.addmv(torch.mv(x, x.sum(0)), x, x.sum(0))[:, None])
 rows("dot vdot", lambda x, _: x * torch.dot(x[0].detach(), x[1]) + torch.vdot(x[2], x[3]), groups=1)
 rows("addr", lambda x, _: torch.addr(x, x.sum(1), x.sum(0)))
+images("linalg_cross", lambda x, _: torch.cross(x[..., :3], x[..., 3:], dim=3))
+rows("addbmm", lambda x, _: x + torch.addbmm(x[0].new_zeros(1), x, x.transpose(1, 2)).sum(), shape=(2, 5))
+for options in ({}, {"num_layers": 2, "bidirectional": True}):
+    whole("mkldnn_rnn_layer", lambda o=options: Recurrent(nn.LSTM, **o), dtype=torch.float32)
+    whole("addmm", lambda o=options: Recurrent(nn.GRU, **o), rebuilt=False)
 whole("_trilinear", Bilinear, groups=3)
 layer("convolution", lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=2), groups=3)
 layer("convolution", lambda: nn.ConvTranspose2d(WIDTH, WIDTH, 2, stride=2, groups=2), groups=3)
@@ -353,6 +383,7 @@ images(
     groups=1,
 )
 whole("embedding", Tokens)
+whole("embedding_renorm", lambda: Tokens(max_norm=1.0))
 for mode in ("sum", "mean", "max"):
     whole("_embedding_bag", lambda mode=mode: Tokens(mode))
 whole("_embedding_bag_forward_only", lambda: Tokens("sum").requires_grad_(False))

@@ -128,7 +128,8 @@ def slice_(step: Step) -> None:
         raise PlanError(f"{step.where} cannot follow a cut, so nothing was cut: ignore that module.")
     kept = step.builder.mask(source, dim)
     bounds = [int(kept[:place].sum()) for place in slice(start, end).indices(len(kept))[:2]]
-    step.give(aten.slice.Tensor, step.builder.node(source), dim, *bounds)
+    part = [step.builder.node(step["src"])] if "src" in step.values else []
+    step.give(step.row.func, step.builder.node(source), *part, dim, *bounds)
 
 
 def split(step: Step) -> None:
@@ -254,6 +255,11 @@ def windows(step: Step) -> None:
     plain(step, {"dimension", "size", "step"})
 
 
+def recurrent(step: Step) -> None:
+    """A recurrent layer, whose state is not cut."""
+    plain(step, {"mode", "hidden_size", "num_layers", "proj_size", "batch_sizes", "weight_stride0"})
+
+
 def sampling_grid(step: Step) -> None:
     """The size is that of an image, of which only height and width matter."""
     size = [step.number_of(value, 0, 0) for value in step["size"]]
@@ -279,7 +285,7 @@ RULES: dict[Rule, str] = {
     view: "view _unsafe_view _reshape_alias",
     stride: "as_strided",
     repeat: "repeat",
-    slice_: "slice",
+    slice_: "slice slice_scatter",
     split: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
     convolution: "convolution _convolution",
     matmul: "mm addmm",
@@ -293,6 +299,7 @@ RULES: dict[Rule, str] = {
     shuffle: "channel_shuffle native_channel_shuffle",
     padding: "constant_pad_nd",
     windows: "unfold",
+    recurrent: "mkldnn_rnn_layer _cudnn_rnn _lstm_mps",
     sampling_grid: "affine_grid_generator",
     deformable: "torchvision::deform_conv2d",
     fresh: "lift_fresh lift_fresh_copy",

@@ -51,7 +51,7 @@ def wanted(op: Op, graph: DependencyGraph, kept: Kept) -> dict[str, int]:
         return {"groups": kept.size(outer)}
     if op.name == "native_group_norm":
         return {"group": kept.size(graph.axes_of(op.outputs[1])[1])}
-    if op.name == "slice":
+    if op.name in ("slice", "slice_scatter"):
         axes = graph.axes_of(given["self"])
         axis = axes[given["dim"] % len(axes)]
         if kept.size(axis) == axis.size:
@@ -65,7 +65,7 @@ def wanted(op: Op, graph: DependencyGraph, kept: Kept) -> dict[str, int]:
 def found(op: Op, graph: DependencyGraph, names: dict[str, int]) -> dict[str, int]:
     """Return what the same operator of the cut model was called with, in the same terms."""
     given = arguments(op)
-    if op.name != "slice" or not names:
+    if "start" not in names:
         return {name: given[name] for name in names}
     axes = graph.axes_of(given["self"])
     size = axes[given["dim"] % len(axes)].size

@@ -17,6 +17,7 @@ from prunelab.tracing.rules_entries import (
     broadcast,
     freeze_whole,
     is_tensor,
+    looked_up,
     made,
     made_like,
     matrices,
@@ -30,11 +31,14 @@ from prunelab.tracing.rules_entries import (
 )
 from prunelab.tracing.rules_layers import (
     attention,
+    batch_sum,
     convolution,
+    cross,
     deformable,
     embedding,
     label,
     outer_product,
+    recurrent,
     three_way,
 )
 from prunelab.tracing.rules_rows import (
@@ -50,6 +54,7 @@ from prunelab.tracing.rules_rows import (
     scattering,
     segments,
     statistic,
+    table_norm,
 )
 from prunelab.tracing.rules_shapes import (
     cat,
@@ -65,8 +70,10 @@ from prunelab.tracing.rules_shapes import (
     pixel_unshuffle,
     repeat,
     rotate,
+    scatter_part,
     select,
     slice_,
+    spread_diagonal,
     squeeze,
     stack,
     transpose,
@@ -193,11 +200,13 @@ Rule = Callable[[Call], list[Dims]]
 RULES: dict[Rule, str] = {
     pointwise: "copy masked_fill native_dropout where clamp lerp addcmul addcdiv _prelu_kernel rrelu_with_noise gelu "
     "silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink log_sigmoid_forward threshold leaky_relu "
-    "elu celu fill zero complex polar",
+    "elu celu fill zero complex polar "
+    "floor_divide",
     uniform: "zeros ones full empty rand randn new_zeros new_ones new_full new_empty",
     same: "clone detach alias lift_fresh _to_copy zeros_like ones_like empty_like rand_like randn_like randint_like "
     "full_like bernoulli uniform normal exponential poisson _conj",
     restrided: "as_strided",
+    looked_up: "isin bucketize",
     view: "view _unsafe_view",
     permute: "permute",
     transpose: "transpose t",
@@ -214,7 +223,9 @@ RULES: dict[Rule, str] = {
     "replication_pad3d",
     glu: "glu",
     windows: "unfold",
+    scatter_part: "slice_scatter select_scatter",
     diagonal: "diagonal",
+    spread_diagonal: "diag_embed",
     rotate: "rot90",
     pair_up: "view_as_real view_as_complex",
     reorder: "roll flip cumsum cumprod cummax cummin logcumsumexp sort triu tril",
@@ -225,6 +236,9 @@ RULES: dict[Rule, str] = {
     matvec: "mv dot vdot addmv",
     outer_product: "addr",
     three_way: "_trilinear",
+    cross: "linalg_cross",
+    recurrent: "mkldnn_rnn_layer _cudnn_rnn _lstm_mps",
+    batch_sum: "addbmm",
     convolution: "convolution _convolution",
     deformable: "torchvision::deform_conv2d",
     attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
@@ -245,6 +259,7 @@ RULES: dict[Rule, str] = {
     softmax: "_softmax _log_softmax _safe_softmax",
     statistic: "median nanmedian mode aminmax count_nonzero nansum kthvalue",
     renorm: "renorm",
+    table_norm: "embedding_renorm",
     distances: "_cdist_forward",
     spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "

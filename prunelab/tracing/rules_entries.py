@@ -105,6 +105,14 @@ def freeze_whole(call: Call, why: str) -> None:
         call.freeze(dims, why)
 
 
+def looked_up(call: Call) -> list[Dims]:
+    """Every entry is compared with a list of numbers."""
+    first, *others = call.tensors
+    for other in others:
+        call.freeze(call.dims(other), "looks numbers up in it")
+    return [call.dims(first)]
+
+
 def matrices(call: Call) -> list[Dims]:
     """Inverses and decompositions need whole matrices, the last two dimensions; those before them pass."""
     first, *others = [call.dims(tensor) for tensor in call.tensors]

@@ -18,6 +18,44 @@ def outer_product(call: Call) -> list[Dims]:
     return [broadcast(call, [out, call.dims("self")], call.out.shape)]
 
 
+def batch_sum(call: Call) -> list[Dims]:
+    """``Σ_b left_b @ right_b``, added to a matrix."""
+    left, right = call.dims("batch1"), call.dims("batch2")
+    call.unify(left[2], right[1])
+    call.freeze([left[0], right[0]], "sums over it")
+    call.count(2, *left, right[2])
+    return [broadcast(call, [[left[1], right[2]], call.dims("self")], call.out.shape)]
+
+
+def cross(call: Call) -> list[Dims]:
+    """The vector product, along a dimension of three."""
+    operands = [call.dims("self"), call.dims("other")]
+    for dims in operands:
+        call.freeze([dims[call["dim"]]], "multiplies vectors of it")
+    return [broadcast(call, operands, call.out.shape)]
+
+
+def recurrent(call: Call) -> list[Dims]:
+    """A recurrent layer in one kernel: what it reads may be cut, its state may not."""
+    *places, width = call.dims("input")
+    weights = call.get("weight") or call.get("params") or [call[f"weight{number}"] for number in range(4)]
+    step = call.get("weight_stride0", 4 if call.get("has_biases", True) else 2)
+    reading = weights[::step][: 2 if call.get("bidirectional") and len(weights) > 4 else 1]
+    for tensor in call.tensors:
+        dims = call.dims(tensor)
+        if any(tensor is weight for weight in reading):
+            call.unify(width, dims[1])
+            call.mark(dims[1], "consumes")
+            dims = dims[:1]
+        if tensor is not call["input"]:
+            call.freeze(dims, "computes with all of its state at once")
+    size = (call.recorder.module, "input_size")
+    if all(size != (module, attribute) for module, attribute, _ in call.recorder.sizes):  # the first layer reads it
+        call.recorder.sizes.append((*size, width.axis))
+    first, *others = call.outputs
+    return [[*places, call.fresh(first.shape[-1])], *(made_like(call, other) for other in others)]
+
+
 def three_way(call: Call) -> list[Dims]:
     """``Σ a · b · c`` over some dimensions, once all have the same ones: a bilinear layer."""
     operands = []

@@ -162,6 +162,13 @@ def renorm(call: Call) -> list[Dims]:
     return [dims]
 
 
+def table_norm(call: Call) -> list[Dims]:
+    """Rows of a table that are longer than allowed are shortened, before they are looked up."""
+    table, width = call.dims("self")
+    call.freeze([table, *call.dims("indices")], "looks entries up by number")
+    return [[table, width]]
+
+
 def distances(call: Call) -> list[Dims]:
     """Distances between all rows of two tensors: what they are measured over may not be cut."""
     first, second = call.dims("x1"), call.dims("x2")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prunelab.tracing.axes import Axis, concatenation, freeze, is_frozen, leaf, product, regroup, split, unify
 from prunelab.tracing.recorder import Call, Dim, Dims
-from prunelab.tracing.rules_entries import made, merge
+from prunelab.tracing.rules_entries import made, merge, unknown
 
 
 def view(call: Call) -> list[Dims]:
@@ -91,20 +91,25 @@ def select(call: Call) -> list[Dims]:
 
 def slice_(call: Call) -> list[Dims]:
     """Consecutive entries are a segment of their dimension; any others freeze it."""
-    dims, shape = list(call.dims("self")), call.out.shape
+    dims = call.dims("self")
     place = call["dim"] % len(dims)
-    size, length = dims[place].size, shape[place]
+    return [_sliced(call, dims, place, call.out.shape[place])]
+
+
+def _sliced(call: Call, dims: Dims, place: int, length: int) -> Dims:
+    """Return the dimensions of a slice of ``length`` entries of one of them."""
+    size = dims[place].size
     if length == size:
-        return [dims]
+        return dims
     start = min(max((call["start"] or 0) + (size if (call["start"] or 0) < 0 else 0), 0), size)
     if call["step"] != 1 or not length:
         call.freeze([dims[place]], "takes some entries of it")
-        dims[place] = call.fresh(length)
+        part = call.fresh(length)
     else:
         cuts = [start, length, size - start - length]
         pieces = split(dims[place].axis, [cut for cut in cuts if cut], call.where)
-        dims[place] = Dim(pieces[1 if start else 0], dims[place].origins)
-    return [dims]
+        part = Dim(pieces[1 if start else 0], dims[place].origins)
+    return [*dims[:place], part, *dims[place + 1 :]]
 
 
 def chunks(call: Call) -> list[Dims]:
@@ -185,6 +190,29 @@ def windows(call: Call) -> list[Dims]:
     call.freeze([dims[call["dimension"]]], "slides over it")
     dims[call["dimension"]] = call.fresh(call.out.shape[call["dimension"]], "makes it")
     return [[*dims, call.fresh(call["size"], "makes it")]]
+
+
+def scatter_part(call: Call) -> list[Dims]:
+    """``x`` with one slice or one entry of a dimension replaced."""
+    dims, part = call.dims("self"), call.dims("src")
+    place = call["dim"] % len(dims)
+    if call.name == "select_scatter":
+        call.freeze([dims[place]], "picks entries by number")
+        target = [dim for number, dim in enumerate(dims) if number != place]
+    else:
+        target = _sliced(call, dims, place, part[place].size)
+    for one, two in zip(target, part, strict=True):
+        call.unify(one, two)
+    return [dims]
+
+
+def spread_diagonal(call: Call) -> list[Dims]:
+    """A dimension becomes the diagonal of two, which may not be cut."""
+    *rest, last = call.dims("self")
+    call.freeze([last], "makes it a diagonal")
+    if (call["dim1"] % call.out.dim(), call["dim2"] % call.out.dim()) != (call.out.dim() - 2, call.out.dim() - 1):
+        return unknown(call)
+    return [[*rest, *(call.fresh(size, "makes it a diagonal") for size in call.out.shape[-2:])]]
 
 
 def diagonal(call: Call) -> list[Dims]:
