@@ -125,8 +125,7 @@ def matvec(call: Call) -> list[Dims]:
     left = call.dims("mat" if call.name == "addmv" else "self")
     right = call.dims(next(name for name in ("vec", "tensor", "other") if name in call.values))
     if all(any(dim.origins for dim in dims) for dims in (left, right)):
-        freeze_whole(call, "multiplies weights with each other, as spectral norm does")
-        return made(call)
+        return freeze_whole(call, "multiplies weights with each other, as spectral norm does")
     call.unify(left[-1], right[0])
     call.mark(left[-1], "consumes")
     call.mark(right[0], "consumes")

@@ -59,8 +59,7 @@ def restrided(call: Call) -> list[Dims]:
     steps = zip(call.out.shape, before, call["stride"], strict=False)
     moved = len(before) != call.out.dim() or any(size > 1 and old != new for size, old, new in steps)
     if moved or call.get("storage_offset") not in (None, source.storage_offset()):
-        freeze_whole(call, "views it by places in memory")
-        return made(call)
+        return freeze_whole(call, "views it by places in memory")
     return same(call)
 
 
@@ -88,12 +87,11 @@ def uniform(call: Call) -> list[Dims]:
 
 def unknown(call: Call) -> list[Dims]:
     """No rule: nothing that goes in or comes out may be cut."""
-    freeze_whole(call, "has no rule")
-    return made(call)
+    return freeze_whole(call, "has no rule")
 
 
-def freeze_whole(call: Call, why: str) -> None:
-    """Freeze all that goes in; where a weight is computed from other parameters, say how to end that."""
+def freeze_whole(call: Call, why: str) -> list[Dims]:
+    """Freeze all that goes in and comes out; where a weight is computed from other parameters, say how to end that."""
     layer, found, name = f".{call.recorder.module}".partition(".parametrizations.")
     own: list[Dims] = []
     if found:
@@ -103,6 +101,7 @@ def freeze_whole(call: Call, why: str) -> None:
         why += f"; torch.nn.utils.parametrize.remove_parametrizations({of}, {name.partition('.')[0]!r}) frees it"
     for dims in [*own, *(call.dims(tensor) for tensor in call.tensors)]:
         call.freeze(dims, why)
+    return [[call.fresh(size, why) for size in out.shape] for out in call.outputs]
 
 
 def looked_up(call: Call) -> list[Dims]:
@@ -134,5 +133,4 @@ def matrices(call: Call) -> list[Dims]:
 
 def whole(call: Call) -> list[Dims]:
     """Every entry of the result depends on all entries."""
-    freeze_whole(call, "needs all of its entries")
-    return made(call)
+    return freeze_whole(call, "needs all of its entries")
