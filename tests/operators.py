@@ -254,6 +254,24 @@ class Recurrent(nn.Module):
         return torch.randn(2, 4, 3)
 
 
+class Loop(nn.Module):
+    """A loop over a recurrent cell, which makes its own first state."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Linear(3, WIDTH), kind(WIDTH, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(self.first(step), state)
+        return self.last(state[0] if isinstance(state, tuple) else state)
+
+    def inputs(self) -> Tensor:
+        """Return a batch."""
+        return torch.randn(2, 3, 3)
+
+
 class Bilinear(nn.Module):
     """Products of the features of two layers, weighted."""
 
@@ -364,6 +382,8 @@ rows("dot vdot", lambda x, _: x * torch.dot(x[0].detach(), x[1]) + torch.vdot(x[
 rows("addr", lambda x, _: torch.addr(x, x.sum(1), x.sum(0)))
 images("linalg_cross", lambda x, _: torch.cross(x[..., :3], x[..., 3:], dim=3))
 rows("addbmm", lambda x, _: x + torch.addbmm(x[0].new_zeros(1), x, x.transpose(1, 2)).sum(), shape=(2, 5))
+for name in ("LSTM", "GRU", "RNN"):
+    whole("_thnn_fused_lstm_cell _thnn_fused_gru_cell", lambda n=name: Loop(getattr(nn, f"{n}Cell")), groups=2)
 for options in ({}, {"num_layers": 2, "bidirectional": True}):
     whole("mkldnn_rnn_layer", lambda o=options: Recurrent(nn.LSTM, **o), dtype=torch.float32)
     whole("addmm", lambda o=options: Recurrent(nn.GRU, **o), rebuilt=False)

@@ -8,16 +8,16 @@ understood here is an error once a tensor that it meets is cut.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import PlanError
 from prunelab.replay.calls import batch_norm_in_mode
+from prunelab.replay.plain import plain
 from prunelab.replay.sizes import Varying
 from prunelab.replay.step import Step
 from prunelab.replay.tape import Ref, Row
@@ -28,60 +28,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-HARMLESS = {"dim", "dims", "dim0", "dim1", "kernel_size", "stride", "padding", "dilation", "output_padding", "pad"}
-HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor", "downscale_factor", "padding_idx"}
-HARMLESS |= {"correction", "memory_format", "divisor_override", "axis", "ch_axis", "quant_min", "quant_max", "mode"}
-HARMLESS |= {"interpolation_mode", "padding_mode", "pooled_height", "pooled_width", "sampling_ratio", "normalization"}
-HARMLESS |= {"last_dim_size", "offset", "dim1", "dim2", "expand1", "expand2", "expand3", "sumdim", "unroll_dim"}
-HARMLESS |= {"compute_mode", "low", "high", "zero_point"}
-"""Integers that stay as they are when channels are cut: places, and sizes in space."""
-
-UNKNOWN = {"new_empty_strided", "empty_strided"}
-"""Operators whose integers follow the layout in memory."""
-
-
 # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
-    """Call the operator as it was recorded; sizes of the result follow the cut."""
-    row, schema = step.row, step.row.func._schema
-    results = [step.out(place) for place in row.shapes]
-    tensors = [value for value in tree_leaves((row.args, row.kwargs)) if isinstance(value, Ref)]
-    cut = any(step.was(ref) != step.stays(ref) for ref in (*tensors, *results))
-    if cut and step.name in UNKNOWN:
-        raise PlanError(f"{step.where} has no rule in the graph back end, so nothing was cut: ignore that module.")
-    given: list[Any] = []
-    named: dict[str, Any] = {}
-    for place, argument in enumerate(schema.arguments):
-        if place >= len(row.args) and argument.name not in row.kwargs:
-            continue
-        value = step[argument.name]
-        if argument.name == "size" and isinstance(value, (list, tuple)):
-            value = step.size(results[0])
-        else:
-            numbers = any(_is_number(part) for part in tree_leaves(value))
-            integers = numbers and "int" in str(argument.type).lower()  # a Scalar is a "number"
-            if cut and integers and argument.name not in harmless and torch.Tag.pointwise not in row.func.tags:
-                raise PlanError(
-                    f"{step.where} takes an integer `{argument.name}` that the graph back end cannot follow through "
-                    "a cut, so nothing was cut: ignore that module."
-                )
-            value = step.builder.argument(value)
-        if place < len(row.args):
-            given.append(value)
-        else:
-            named[argument.name] = value
-    if -1 in row.shapes:
-        step.give(row.func, *given, **named)
-        return
-    several = step.builder.call(row.func, *given, **named)
-    for place in row.shapes:
-        step.give(operator.getitem, several, place, place=place)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value.values[0] if isinstance(value, Varying) else value) is int
 
 
 def view(step: Step) -> None:
@@ -171,6 +118,11 @@ def matmul(step: Step) -> None:
         return
     parts = (step["mat1"], made.args[0], step["self"]) if biased else (step["self"], made.args[0], None)
     step.give(F.linear, *(step.builder.node(part) for part in parts))
+
+
+def linear(step: Step) -> None:
+    """A linear layer, by its common name."""
+    step.give(F.linear, *(step.builder.node(step[name]) for name in ("input", "weight", "bias")))
 
 
 def attention(step: Step) -> None:
@@ -289,9 +241,10 @@ RULES: dict[Rule, str] = {
     split: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
     convolution: "convolution _convolution",
     matmul: "mm addmm",
+    linear: "linear",
     attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps",
     norm_over: "native_layer_norm _fused_rms_norm",
     group_norm: "native_group_norm",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "

@@ -19,7 +19,8 @@ def laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     >>> laid_out_like(torch.ones(2, 3, 2, 2), like).stride()
     (12, 1, 6, 3)
     """
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
     if isinstance(tensor, FakeTensor) and isinstance(tensor.fake_mode, FakeMode):
         shape = torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype, device="meta")
         return tensor.fake_mode.make(shape, tensor.fake_device)

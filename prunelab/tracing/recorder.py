@@ -233,13 +233,24 @@ class Recorder(TorchDispatchMode):
             return out
         for tensor in call.tensors:
             if id(tensor) in self._names:
-                self.visited.setdefault(self._names[id(tensor)], len(self.visited))
+                self._visit(self._names[id(tensor)])
         computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
         for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
         return out
+
+    def _visit(self, name: str) -> None:
+        """Note that a parameter is used; those of a recurrent cell are used together, in an order of the device's."""
+        if name in self.visited:
+            return
+        owner, dot, _ = name.rpartition(".")
+        cell = self.model.get_submodule(owner)
+        together = [f"{owner}{dot}{own}" for own in cell._parameters] if isinstance(cell, nn.RNNCellBase) else []
+        for each in [*together, name]:
+            if each in self.parameters:
+                self.visited.setdefault(each, len(self.visited))
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""

@@ -11,6 +11,11 @@ from collections.abc import Callable
 
 import torch
 
+from prunelab.tracing import rules_layers as layers
+from prunelab.tracing import rules_rows as rows
+from prunelab.tracing import rules_shapes as shapes
+from prunelab.tracing import rules_space as space
+from prunelab.tracing import rules_weights as weights
 from prunelab.tracing.axes import leaf, product
 from prunelab.tracing.recorder import Call, Dim, Dims
 from prunelab.tracing.rules_entries import (
@@ -29,70 +34,6 @@ from prunelab.tracing.rules_entries import (
     unknown,
     whole,
 )
-from prunelab.tracing.rules_layers import (
-    attention,
-    batch_sum,
-    convolution,
-    cross,
-    deformable,
-    embedding,
-    label,
-    outer_product,
-    recurrent,
-    three_way,
-)
-from prunelab.tracing.rules_rows import (
-    distances,
-    embedding_bag,
-    gathering,
-    index_fill,
-    index_put,
-    indexing,
-    picking,
-    renorm,
-    reorder,
-    scattering,
-    segments,
-    statistic,
-    table_norm,
-)
-from prunelab.tracing.rules_shapes import (
-    cat,
-    channel_shuffle,
-    chunks,
-    diagonal,
-    expand,
-    glu,
-    pad,
-    pair_up,
-    permute,
-    pixel_shuffle,
-    pixel_unshuffle,
-    repeat,
-    rotate,
-    scatter_part,
-    select,
-    slice_,
-    spread_diagonal,
-    squeeze,
-    stack,
-    transpose,
-    unsqueeze,
-    view,
-    windows,
-)
-from prunelab.tracing.rules_space import (
-    fourier,
-    fractional_pool,
-    patches,
-    regions,
-    sampled,
-    sampling_grid,
-    spatial,
-    unpatches,
-    unpool,
-)
-from prunelab.tracing.rules_weights import fake_quantize, weight_norm
 
 # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -109,10 +50,11 @@ def matmul(call: Call) -> list[Dims]:
             call.mark(inner, "consumes")
             call.mark(outer, "produces")
     if not any(dim.origins for dim in (*left, *right)):
-        label(left[-1], "head_width")
+        layers.label(left[-1], "head_width")
         for dim in batch:
-            label(dim, "heads")
-            label(right[-1], "head_width")
+            layers.label(dim, "heads")
+        if any(op.name == "_safe_softmax" for op in call.recorder.tape[-8:]):  # PyTorch's own attention, step by step
+            layers.label(right[-1], "head_width")
     call.count(2, *batch, left[-2], left[-1], right[-1])
     out = [*batch, left[-2], right[-1]]
     if call.name in ("addmm", "baddbmm"):
@@ -206,47 +148,49 @@ RULES: dict[Rule, str] = {
     "full_like bernoulli uniform normal exponential poisson _conj",
     restrided: "as_strided",
     looked_up: "isin bucketize",
-    view: "view _unsafe_view",
-    permute: "permute",
-    transpose: "transpose t",
-    squeeze: "squeeze",
-    unsqueeze: "unsqueeze",
-    expand: "expand",
-    repeat: "repeat",
-    select: "select unbind",
-    slice_: "slice",
-    chunks: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
-    cat: "cat",
-    stack: "stack",
-    pad: "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d",
-    glu: "glu",
-    windows: "unfold",
-    scatter_part: "slice_scatter select_scatter",
-    diagonal: "diagonal",
-    spread_diagonal: "diag_embed",
-    rotate: "rot90",
-    pair_up: "view_as_real view_as_complex",
-    reorder: "roll flip cumsum cumprod cummax cummin logcumsumexp sort triu tril",
-    pixel_shuffle: "pixel_shuffle",
-    pixel_unshuffle: "pixel_unshuffle",
-    channel_shuffle: "channel_shuffle",
+    shapes.view: "view _unsafe_view",
+    shapes.permute: "permute",
+    shapes.transpose: "transpose t",
+    shapes.squeeze: "squeeze",
+    shapes.unsqueeze: "unsqueeze",
+    shapes.expand: "expand",
+    shapes.repeat: "repeat",
+    shapes.select: "select unbind",
+    shapes.slice_: "slice",
+    shapes.chunks: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
+    shapes.cat: "cat",
+    shapes.stack: "stack",
+    shapes.pad: "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d",
+    shapes.glu: "glu",
+    shapes.windows: "unfold",
+    shapes.scatter_part: "slice_scatter select_scatter",
+    shapes.diagonal: "diagonal",
+    shapes.spread_diagonal: "diag_embed",
+    shapes.rotate: "rot90",
+    shapes.pair_up: "view_as_real view_as_complex",
+    rows.reorder: "roll flip cumsum cumprod cummax cummin logcumsumexp sort triu tril",
+    shapes.pixel_shuffle: "pixel_shuffle",
+    shapes.pixel_unshuffle: "pixel_unshuffle",
+    shapes.channel_shuffle: "channel_shuffle",
     matmul: "mm bmm addmm baddbmm",
     matvec: "mv dot vdot addmv",
-    outer_product: "addr",
-    three_way: "_trilinear",
-    cross: "linalg_cross",
-    recurrent: "mkldnn_rnn_layer _cudnn_rnn _lstm_mps",
-    batch_sum: "addbmm",
-    convolution: "convolution _convolution",
-    deformable: "torchvision::deform_conv2d",
-    attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    layers.outer_product: "addr",
+    layers.linear: "linear",
+    layers.fused_cell: "_thnn_fused_lstm_cell _thnn_fused_gru_cell",
+    layers.three_way: "_trilinear",
+    layers.cross: "linalg_cross",
+    layers.recurrent: "mkldnn_rnn_layer _cudnn_rnn _lstm_mps",
+    layers.batch_sum: "addbmm",
+    layers.convolution: "convolution _convolution",
+    layers.deformable: "torchvision::deform_conv2d",
+    layers.attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable",
-    embedding: "embedding",
-    embedding_bag: "_embedding_bag _embedding_bag_forward_only",
-    weight_norm: "_weight_norm_interface",
-    fake_quantize: "_fused_moving_avg_obs_fq_helper fake_quantize_per_channel_affine_cachemask "
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps",
+    layers.embedding: "embedding",
+    rows.embedding_bag: "_embedding_bag _embedding_bag_forward_only",
+    weights.weight_norm: "_weight_norm_interface",
+    weights.fake_quantize: "_fused_moving_avg_obs_fq_helper fake_quantize_per_channel_affine_cachemask "
     "fake_quantize_per_tensor_affine_cachemask _fake_quantize_per_tensor_affine_cachemask_tensor_qparams "
     "_fake_quantize_learnable_per_channel_affine _fake_quantize_learnable_per_tensor_affine",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
@@ -256,30 +200,30 @@ RULES: dict[Rule, str] = {
     reduction: "sum mean amax amin prod var var_mean std std_mean norm linalg_vector_norm any all logsumexp max min "
     "argmax argmin",
     softmax: "_softmax _log_softmax _safe_softmax",
-    statistic: "median nanmedian mode aminmax count_nonzero nansum kthvalue",
-    renorm: "renorm",
-    table_norm: "embedding_renorm",
-    distances: "_cdist_forward",
-    spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    rows.statistic: "median nanmedian mode aminmax count_nonzero nansum kthvalue",
+    rows.renorm: "renorm",
+    rows.table_norm: "embedding_renorm",
+    rows.distances: "_cdist_forward",
+    space.spatial: "max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
     "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
     "_upsample_bicubic2d_aa",
-    unpool: "max_unpool2d max_unpool3d",
-    fractional_pool: "fractional_max_pool2d fractional_max_pool3d",
-    patches: "im2col",
-    unpatches: "col2im",
-    sampled: "grid_sampler_2d grid_sampler_3d cudnn_grid_sampler",
-    sampling_grid: "affine_grid_generator",
-    regions: "torchvision::roi_align torchvision::roi_pool",
-    fourier: "_fft_c2c _fft_r2c _fft_c2r",
-    indexing: "index",
-    index_put: "index_put",
-    index_fill: "index_fill",
-    picking: "index_select topk",
-    gathering: "gather",
-    scattering: "scatter scatter_add scatter_reduce index_add index_copy index_reduce",
-    segments: "segment_reduce",
+    space.unpool: "max_unpool2d max_unpool3d",
+    space.fractional_pool: "fractional_max_pool2d fractional_max_pool3d",
+    space.patches: "im2col",
+    space.unpatches: "col2im",
+    space.sampled: "grid_sampler_2d grid_sampler_3d cudnn_grid_sampler",
+    space.sampling_grid: "affine_grid_generator",
+    space.regions: "torchvision::roi_align torchvision::roi_pool",
+    space.fourier: "_fft_c2c _fft_r2c _fft_c2r",
+    rows.indexing: "index",
+    rows.index_put: "index_put",
+    rows.index_fill: "index_fill",
+    rows.picking: "index_select topk",
+    rows.gathering: "gather",
+    rows.scattering: "scatter scatter_add scatter_reduce index_add index_copy index_reduce",
+    rows.segments: "segment_reduce",
     matrices: "linalg_inv_ex linalg_householder_product linalg_matrix_exp _linalg_solve_ex _linalg_svd _linalg_eigh "
     "_linalg_det linalg_qr linalg_cholesky_ex linalg_pinv",
     whole: "masked_scatter take trace",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from prunelab.tracing.axes import leaf, leaves, product
+from prunelab.tracing.axes import concatenation, leaf, leaves, product, split
 from prunelab.tracing.recorder import Call, Dim, Dims
 from prunelab.tracing.rules_entries import broadcast, is_tensor, made_like, merge
 
@@ -16,6 +16,39 @@ def outer_product(call: Call) -> list[Dims]:
     """All products of the entries of two vectors, added to a matrix."""
     out = [call.dims("vec1")[0], call.dims("vec2")[0]]
     return [broadcast(call, [out, call.dims("self")], call.out.shape)]
+
+
+def linear(call: Call) -> list[Dims]:
+    """A linear layer in one operator, as on Apple's GPUs; elsewhere it is a product with a transposed matrix."""
+    *places, width = call.dims("input")
+    rows, columns = call.dims("weight")
+    call.unify(width, columns)
+    call.mark(columns, "consumes")
+    call.mark(rows, "produces")
+    if is_tensor(call.get("bias")):
+        call.unify(rows, call.dims("bias")[0])
+    call.count(2, *places, width, rows)
+    return [[*places, rows]]
+
+
+def fused_cell(call: Call) -> list[Dims]:
+    """One step of an LSTM or GRU cell in one kernel: the gates are equal parts, one entry of each per hidden unit."""
+    batch, hidden = call.dims("cx" if "cx" in call.values else "hx")
+    gates = [call.dims("input_gates"), call.dims("hidden_gates")]
+    biases = [call.dims(name) for name in ("input_bias", "hidden_bias") if is_tensor(call.get(name))]
+    for dims in [*gates, *biases]:
+        for part in split(dims[-1].axis, [hidden.size] * (dims[-1].size // hidden.size), call.where):
+            call.unify(hidden, Dim(part))
+    for dims in gates:
+        call.unify(batch, dims[0])
+    return [
+        [batch, hidden] if out.shape[-1] == hidden.size else _workspace(call, batch, hidden, out.shape[-1])
+        for out in call.outputs
+    ]
+
+
+def _workspace(call: Call, batch: Dim, hidden: Dim, size: int) -> Dims:
+    return [batch, Dim(concatenation([hidden.axis] * (size // hidden.size)))]
 
 
 def batch_sum(call: Call) -> list[Dims]:
