@@ -31,7 +31,9 @@ from prunelab.replay.sizes import batch_of, choices, resized, with_batch
 from prunelab.replay.step import Inexpressible
 from prunelab.replay.tape import record
 from prunelab.surgery.apply import PLANS, apply, example_for, masks, open_plan
+from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import layer_type
+from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.recorder import first_line, named_tensors
 
@@ -183,9 +185,10 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
     """Return plain modules, nested as in the model, that hold its parameters and buffers, refitted and cut."""
     tensors = dict(named_tensors(model))
     fresh = {name: refitted.get(name, tensor).detach() for name, tensor in tensors.items()}
+    fresh |= folded(builder.source, builder.kept, fresh)
     for name, place, mask in masks(builder.source, builder.kept):
         index = mask.nonzero().flatten().to(fresh[name].device)
-        fresh[name] = fresh[name].index_select(place, index)
+        fresh[name] = laid_out_like(fresh[name].index_select(place, index), tensors[name])
     made: dict[int, Any] = {}
     for name, old in tensors.items():
         new = fresh[name].clone()

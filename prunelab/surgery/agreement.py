@@ -8,7 +8,7 @@ Flows in: a model, a plan and the cut network.  Flows out: nothing, or an error 
 
 from __future__ import annotations
 
-import sys
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from prunelab.batches import call, device_of, eval_mode
 from prunelab.errors import BatchError, PlanError
 from prunelab.tracing import fakes
-from prunelab.tracing.calls import Calls, tensors_of
+from prunelab.tracing.calls import Calls, innermost, tensors_of
 from prunelab.tracing.recorder import named_tensors
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -63,6 +63,7 @@ class Example:
             PlanError: they differ; the message names the first call that does, if it can be found.
         """
         name = type(self.silent).__name__
+        cut = copy.deepcopy(cut)  # a run may leave traces in buffers and attributes
         try:
             found = self._run(cut)
         except BatchError as error:
@@ -122,13 +123,8 @@ class _Kept(Calls):
 
     def _module(self) -> str:
         """Return the innermost module whose code runs, in words."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            name = self.names.get(id(frame.f_locals.get("self")))
-            if name is not None:
-                return f"`{name}`" if name else "the model's own forward"
-            frame = frame.f_back  # type: ignore[assignment]
-        return "the model's own forward"
+        name = innermost(self.names)
+        return f"`{name}`" if name else "the model's own forward"
 
 
 def has_data(model: nn.Module) -> bool:

@@ -21,8 +21,11 @@ from prunelab.errors import PlanError, TraceError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.agreement import Example, has_data
 from prunelab.surgery.constants import ScaleFix, scale_fixes
+from prunelab.surgery.integers import compare_integers
+from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
+from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.groups import VIEWS
@@ -79,7 +82,9 @@ def apply(
         after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
     except TraceError as error:
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
-    fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
+    pairs = compare(graph, after, kept.size)
+    compare_integers(graph, after, kept, pairs)
+    fixes = scale_fixes(graph, kept.size, pairs)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
         target = free(fakes.forget(copy.deepcopy(model)), touched)
@@ -186,6 +191,7 @@ def _cut(
             scale = torch.ones(source.shape[0], dtype=source.dtype, device=source.device)
             scale[fix.rows.to(source.device)] = fix.factor
             fresh[fix.name] = source * scale.view(-1, *(1 for _ in source.shape[1:]))
+        fresh |= folded(graph, kept, tensors | fresh)
         for name, place, mask in masks(graph, kept):
             source = fresh.get(name, tensors[name])
             fresh[name] = fakes.select(source, place, mask.nonzero().flatten())
@@ -199,11 +205,13 @@ def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in fresh:
-                new = made.setdefault(id(old), fakes.as_parameter(fresh[id(old)].contiguous(), old.requires_grad))
+                new = made.setdefault(
+                    id(old), fakes.as_parameter(laid_out_like(fresh[id(old)], old), old.requires_grad)
+                )
                 module._parameters[name] = new  # type: ignore[assignment]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and id(buffer) in fresh:
-                module._buffers[name] = fresh[id(buffer)].contiguous()
+                module._buffers[name] = laid_out_like(fresh[id(buffer)], buffer)
 
 
 # ── sizes that code keeps as integers ─────────────────────────────────────────────────────────────────────────────

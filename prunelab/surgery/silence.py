@@ -25,6 +25,7 @@ from prunelab.errors import PlanError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
 from prunelab.surgery.modules import pack_by_hand
+from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
@@ -75,8 +76,11 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
         pack_by_hand(module)  # while calls are watched, PyTorch does not pack batches by itself
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
+        for name, length in folded(graph, kept, parameters).items():
+            parameters[name].copy_(length)
+        scaled = scaled_rows(graph)
         for name, place, mask in masks(graph, kept):
-            if name in parameters:
+            if name in parameters and (name, place) not in scaled:
                 parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
     running = threading.local()
 
