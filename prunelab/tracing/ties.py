@@ -1,0 +1,373 @@
+"""Which axes must keep equal numbers, since one integer of the model describes them all.
+
+An integer attribute can only have one new value.  So all axes whose size it is keep equal numbers of entries, and
+``hidden = heads * width`` holds after a cut as before.  Sizes are compared as polynomials over the leaves of the axes.
+
+Flows in: a recorder after the run, with ``(expression, axis)`` pairs.  Flows out: leaves that are tied to each other; what
+cannot be tied is frozen, with a reason that names the attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from prunelab.tracing.axes import Axis, concatenation, find, fold, freeze, is_frozen, leaf, leaves, product, unify
+from prunelab.tracing.integers import Attribute, Expression, Formula, attributes_of, has_axis, show
+from prunelab.tracing.recorder import Integer, Recorder
+
+ROUNDS = 8
+"""How often axes are refined until nothing changes; two or three rounds are usual."""
+
+
+def tie(recorder: Recorder) -> list[set[int]]:
+    """Return sets of leaves (by ``id``) that must keep equal numbers.
+
+    Those are parts that code splits into equal sizes, and axes that one integer of the model describes.  Axes that are
+    not built alike are refined until they are; where that cannot be they are frozen.
+    """
+    described = _Described(recorder)
+    described.refine()
+    columns: list[list[Axis]] = []
+    for axes, reason in described.alike():
+        found = _columns(axes)
+        columns += found or []
+        for axis in axes if found is None else []:
+            freeze(axis, reason)
+    _freeze_together(columns)
+    while described.freeze_mismatches(columns):
+        _freeze_together(columns)
+    recorder.integers = described.integers()
+    recorder.described = described.equations
+    return [{id(part) for part in column} for column in columns]
+
+
+def _freeze_together(columns: list[list[Axis]]) -> None:
+    """Freeze whatever is tied to a frozen axis, directly or by way of others."""
+    changed = True
+    while changed:
+        changed = False
+        for column in columns:
+            reason = next((part.frozen for part in column if part.frozen), None)
+            for part in column if reason else []:
+                changed |= part.frozen is None
+                freeze(part, f"it must stay as large as another axis: {reason}")
+
+
+def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
+    """Return the leaves of axes that are built alike, place by place; ``None`` if they are not."""
+    rows = [list(leaves(axis)) for axis in axes]
+    if len({_build(axis) for axis in axes}) != 1:
+        return None
+    return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
+
+
+def _build(axis: Axis) -> tuple:
+    """Return what an axis is made of, without regard to which leaves they are."""
+
+    def join(kind: str) -> Callable[[list[tuple]], tuple]:
+        return lambda parts: (kind, *parts)
+
+    return fold(axis, lambda part: (part.size,), join("product"), join("sum"))
+
+
+def _like(axis: Axis) -> Axis:
+    """Return an axis that is built like another one, of leaves of its own."""
+    return fold(axis, lambda part: leaf(part.size, part.frozen), product, concatenation)
+
+
+class _Described:
+    """The sizes in the model's code, as equations between attributes and axes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.values = recorder.values
+        self.equations = list(dict.fromkeys((source, find(axis)) for source, axis in recorder.described))
+        self.axes: dict[Attribute, list[Axis]] = {}
+        self.sizes = _Sizes([])
+        self.known: dict[Attribute, Poly] = {}
+        self._fit_layers()
+
+    def _fit_layers(self) -> None:
+        """Add what PyTorch's own layers keep as integers, where the model's code reads it."""
+        places = {"in_features": 1, "in_channels": 1, "embedding_dim": 1}
+        seen = {attribute for source, _ in self.equations for attribute in attributes_of(source)}
+        for attribute in seen:
+            last = attribute.steps[-1]
+            names = ("weight", "running_mean") if last == "num_features" else ("weight",)
+            if last not in (*places, "out_features", "out_channels", "num_features"):
+                continue
+            for name in names:
+                dims = self.recorder.parameters.get(f"{attribute.module}.{name}".lstrip("."), [])
+                place = places.get(str(last), 0)
+                if len(dims) > place and dims[place].size == self.values[attribute]:
+                    self.equations.append((attribute, find(dims[place].axis)))
+                    break
+
+    # ── axes that are built alike ─────────────────────────────────────────────────────────────────────────────────
+
+    def alike(self) -> list[tuple[list[Axis], str]]:
+        """Return axes that must be built alike, with why."""
+        parts = [(axes, "code splits it into parts of equal size that are not built alike") for axes in self.recorder.ties]
+        return [*parts, *((axes, _reason(attribute)) for attribute, axes in self.axes.items() if len(axes) > 1)]
+
+    def refine(self) -> None:
+        """Refine axes until those are built alike that one integer describes, as far as possible."""
+        for _ in range(ROUNDS):
+            before = self._state()
+            self._collect()
+            for axes, reason in self.alike():
+                _refine(axes, reason)
+            for source, axis in self.equations:
+                self._impose(source, axis)
+            if self._state() == before:
+                return
+
+    def _state(self) -> tuple:
+        return tuple((axis.frozen is None, _build(axis)) for _, axis in self.equations), sum(map(len, self.axes.values()))
+
+    def _collect(self) -> None:
+        self.axes = {}
+        for source, axis in self.equations:
+            found = _as_attribute(source, find(axis))
+            if found is not None:
+                attribute, whole = found
+                known = self.axes.setdefault(attribute, [])
+                if all(find(other) is not find(whole) for other in known):
+                    known.append(whole)
+
+    def _impose(self, source: Expression, axis: Axis) -> None:
+        """Give a plain axis the factors or segments that its size is computed from."""
+        axis = find(axis)
+        if isinstance(source, Attribute) or has_axis(source) or axis.kind != "leaf" or axis.frozen is not None:
+            return
+        parts: list[tuple[Attribute, Axis]] = []
+        built = self._built(source, parts)
+        if built is None or find(built).kind == "leaf":
+            return
+        unify(axis, built, f"its size is {show(source)}")
+        self.equations += parts
+
+    def _built(self, source: Expression, parts: list[tuple[Attribute, Axis]]) -> Axis | None:
+        if isinstance(source, int):
+            return leaf(source, "a constant of the model's code") if source > 0 else None
+        if isinstance(source, Attribute):
+            known = self.axes.get(source)
+            part = _like(known[0]) if known else leaf(self.values[source])
+            parts.append((source, part))
+            return part
+        if isinstance(source, Formula) and source.symbol in "+*":
+            sides = [self._built(side, parts) for side in source[1:]]
+            if sides[0] is not None and sides[1] is not None:
+                return (product if source.symbol == "*" else concatenation)([sides[0], sides[1]])
+        return None
+
+    # ── sizes as polynomials ──────────────────────────────────────────────────────────────────────────────────────
+
+    def freeze_mismatches(self, columns: list[list[Axis]]) -> bool:
+        """Freeze the axes of equations that a cut could break; tell whether there were any."""
+        sizes = _Sizes(columns)
+        self.sizes, self.known = sizes, {}
+        equations = [(source, axis) for source, axis in self.equations if not has_axis(source)]
+        mixed = [(source, axis) for source, axis in self.equations if has_axis(source)]
+        waiting = self._solve(equations)
+        waiting += self._solve(mixed)
+        while waiting:
+            source, axis = waiting.pop(0)
+            if not self._choose(source, axis) and not has_axis(source) and self._freeze(source, axis):
+                return True
+            waiting = self._solve(waiting)
+        return any(
+            sizes.evaluate(source, self.known) != sizes.of(axis) and self._freeze(source, axis)
+            for source, axis in equations
+        )
+
+    def _solve(self, equations: list[tuple[Expression, Axis]]) -> list[tuple[Expression, Axis]]:
+        """Solve equations with one unknown for as long as there are any; return those with more."""
+        while True:
+            rest = []
+            for source, axis in equations:
+                unknown = self._unknown(source)
+                solved = len(unknown) == 1 and self._settle(source, axis, unknown[0])
+                if unknown and not solved:
+                    rest.append((source, axis))
+            if len(rest) == len(equations):
+                return rest
+            equations = rest
+
+    def _unknown(self, source: Expression) -> list[Attribute]:
+        return [attribute for attribute in dict.fromkeys(attributes_of(source)) if attribute not in self.known]
+
+    def _settle(self, source: Expression, axis: Axis, unknown: Attribute) -> bool:
+        solved = self.sizes.solve(source, self.sizes.of(axis), unknown, self.known)
+        if solved is not None:
+            self.known[unknown] = solved
+        return solved is not None
+
+    def _choose(self, source: Expression, axis: Axis) -> bool:
+        """Let one attribute of several follow the axis, and the others stay as they are."""
+        unknown = self._unknown(source)
+        for attribute in unknown:
+            others = {other: {(): self.values[other]} for other in unknown if other is not attribute}
+            self.known |= others
+            if self._settle(source, axis, attribute):
+                return True
+            for other in others:
+                del self.known[other]
+        return False
+
+    def integers(self) -> list[Integer]:
+        """Return the attributes whose value follows what stays of some axes."""
+        by_id = self.sizes.leaves
+        return [
+            Integer(attribute, tuple((number, tuple(by_id[part] for part in key)) for key, number in size.items()))
+            for attribute, size in self.known.items()
+        ]
+
+    def _freeze(self, source: Expression, axis: Axis) -> bool:
+        reason = f"its size is `{show(source)}`, which the model uses for other sizes too"
+        involved = [axis]
+        for attribute in attributes_of(source):
+            involved += [other for given, other in self.equations if attribute in attributes_of(given)]
+        free = [other for other in involved if not is_frozen(other)]
+        for other in free:
+            freeze(other, reason)
+        return bool(free)
+
+
+def _reason(attribute: Attribute) -> str:
+    return f"`{attribute.name}` is one integer for axes that are not built alike"
+
+
+def _as_attribute(source: Expression, axis: Axis) -> tuple[Attribute, Axis] | None:
+    """Return an attribute and an axis of its size, if the expression is an attribute or a fraction of one."""
+    if isinstance(source, Attribute):
+        return source, axis
+    if isinstance(source, Formula) and source.symbol == "//" and isinstance(source.left, Attribute):
+        if isinstance(source.right, int):
+            return source.left, concatenation([axis] * source.right)
+    return None
+
+
+def _refine(axes: list[Axis], reason: str) -> None:
+    """Give all axes the build of the finest one."""
+    finest = max(axes, key=lambda axis: sum(1 for _ in leaves(axis)))
+    for axis in axes:
+        if _build(axis) == _build(finest):
+            continue
+        if is_frozen(axis) or is_frozen(finest):
+            why = next((part.frozen for whole in (axis, finest) if is_frozen(whole) for part in leaves(whole)), None)
+            for whole in (axis, finest):
+                freeze(whole, f"{reason}, and one of them must stay: {why}")
+        else:
+            unify(axis, _like(finest), reason)
+
+
+Poly = dict[tuple[int, ...], int]
+"""A size: (leaves by ``id``, sorted) -> coefficient; frozen leaves are numbers."""
+
+
+class _Sizes:
+    """Sizes of axes as polynomials over leaves, of which those that are tied count as one."""
+
+    def __init__(self, columns: list[list[Axis]]) -> None:
+        self.parent: dict[int, int] = {}
+        self.leaves: dict[int, Axis] = {id(part): part for column in columns for part in column}
+        for column in columns:
+            for part in column[1:]:
+                first, other = self.root(id(column[0])), self.root(id(part))
+                if first != other:
+                    self.parent[other] = first
+
+    def root(self, part: int) -> int:
+        while part in self.parent:
+            part = self.parent[part]
+        return part
+
+    def of(self, axis: Axis) -> Poly:
+        def at_leaf(part: Axis) -> Poly:
+            self.leaves[id(part)] = part
+            return {(): part.size} if part.frozen is not None else {(self.root(id(part)),): 1}
+
+        return fold(axis, at_leaf, lambda parts: _reduce(_times, parts), lambda parts: _reduce(_plus, parts))
+
+    def evaluate(self, source: Expression, known: Mapping[Attribute, Poly]) -> Poly | None:
+        if isinstance(source, Attribute):
+            return known.get(source)
+        if isinstance(source, Axis):
+            return self.of(source)
+        if isinstance(source, int):
+            return {(): source} if source else {}
+        left, right = (self.evaluate(side, known) for side in source[1:])
+        if left is None or right is None:
+            return None
+        if source.symbol == "*":
+            return _times(left, right)
+        if source.symbol == "//":
+            return _over(left, right)
+        return _plus(left, right if source.symbol == "+" else _times(right, {(): -1}))
+
+    def solve(
+        self, source: Expression, size: Poly | None, unknown: Attribute, known: Mapping[Attribute, Poly]
+    ) -> Poly | None:
+        """Return what the unknown attribute must be for the expression to be ``size``."""
+        if size is None or source == unknown:
+            return size
+        if not isinstance(source, Formula):
+            return None
+        inside = [unknown in attributes_of(side) for side in source[1:]]
+        if all(inside) or not any(inside):
+            return None
+        branch, other = (source.left, source.right) if inside[0] else (source.right, source.left)
+        value = self.evaluate(other, known)
+        if value is None:
+            return None
+        if source.symbol == "+":
+            size = _plus(size, _times(value, {(): -1}))
+        elif source.symbol == "-":
+            size = _plus(size, value) if inside[0] else _plus(value, _times(size, {(): -1}))
+        elif source.symbol == "*":
+            size = _over(size, value)
+        else:
+            size = _times(size, value) if inside[0] else _over(value, size)
+        return self.solve(branch, size, unknown, known)
+
+
+def _reduce(join: Callable[[Poly, Poly], Poly], parts: list[Poly]) -> Poly:
+    out = parts[0]
+    for part in parts[1:]:
+        out = join(out, part)
+    return out
+
+
+def _plus(left: Poly, right: Poly) -> Poly:
+    out = {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}
+    return {key: number for key, number in out.items() if number}
+
+
+def _times(left: Poly, right: Poly) -> Poly:
+    out: Poly = {}
+    for one, first in left.items():
+        for two, second in right.items():
+            key = tuple(sorted(one + two))
+            out[key] = out.get(key, 0) + first * second
+    return {key: number for key, number in out.items() if number}
+
+
+def _over(left: Poly, right: Poly) -> Poly | None:
+    """Return a quotient without remainder, ``None`` where there is none (only single terms are divided by)."""
+    if left == right and left:
+        return {(): 1}
+    if len(right) != 1:
+        return None
+    ((divisor, number),) = right.items()
+    out: Poly = {}
+    for key, count in left.items():
+        rest = list(key)
+        for part in divisor:
+            if part not in rest:
+                return None
+            rest.remove(part)
+        if count % number:
+            return None
+        out[tuple(rest)] = count // number
+    return out
