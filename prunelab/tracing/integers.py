@@ -15,6 +15,7 @@ from enum import Enum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -316,9 +317,9 @@ class _Planter:
     def observed(self, value: Any, where: Attribute) -> Any:
         """Return what stands in for a value; itself, if it is not made of integers."""
         kind = type(value)
-        if kind is int:
-            self.values[where] = value
-            return observe(value, where, self.notes)
+        if kind is int or isinstance(value, np.integer):
+            self.values[where] = int(value)
+            return observe(self.values[where], where, self.notes)
         if kind is tuple or kind is list or kind is torch.Size or (isinstance(value, tuple) and hasattr(kind, "_make")):
             if len(where.steps) >= _DEPTH or len(value) > 16:
                 return value

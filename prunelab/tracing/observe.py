@@ -161,7 +161,8 @@ class Observer(TorchFunctionMode):
         if value > 0:
             self.recorder.described.append((source, before))
         else:
-            self.recorder.described.append((Formula("-", 0, source), after))
+            negated = isinstance(source, Formula) and source[:2] == ("-", 0)
+            self.recorder.described.append((source[2] if negated else Formula("-", 0, source), after))  # type: ignore[index]
 
 
 # ── functions that take sizes ─────────────────────────────────────────────────────────────────────────────────────

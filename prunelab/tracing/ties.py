@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from prunelab.tracing.axes import Axis, concatenation, find, fold, freeze, is_frozen, leaf, leaves, product, unify
+from prunelab.tracing.axes import Axis, concatenation, find, fold, freeze, is_frozen, leaf, leaves, product, split, unify
 from prunelab.tracing.integers import Attribute, Expression, Formula, attributes_of, has_axis, show
 from prunelab.tracing.recorder import Integer, Recorder
 
@@ -34,7 +34,7 @@ def tie(recorder: Recorder) -> list[set[int]]:
         for axis in axes if found is None else []:
             freeze(axis, reason)
     _freeze_together(columns)
-    while described.freeze_mismatches(columns):
+    while described.settle(columns):
         _freeze_together(columns)
     recorder.integers = described.integers()
     recorder.described = described.equations
@@ -82,7 +82,7 @@ class _Described:
         self.recorder = recorder
         self.values = recorder.values
         self.equations = list(dict.fromkeys((source, find(axis)) for source, axis in recorder.described))
-        self.axes: dict[Attribute, list[Axis]] = {}
+        self.axes: dict[Expression, list[Axis]] = {}
         self.sizes = _Sizes([])
         self.known: dict[Attribute, Poly] = {}
         self._fit_layers()
@@ -108,7 +108,7 @@ class _Described:
     def alike(self) -> list[tuple[list[Axis], str]]:
         """Return axes that must be built alike, with why."""
         parts = [(axes, "code splits it into parts of equal size that are not built alike") for axes in self.recorder.ties]
-        return [*parts, *((axes, _reason(attribute)) for attribute, axes in self.axes.items() if len(axes) > 1)]
+        return [*parts, *((axes, _reason(expression)) for expression, axes in self.axes.items() if len(axes) > 1)]
 
     def refine(self) -> None:
         """Refine axes until those are built alike that one integer describes, as far as possible."""
@@ -126,12 +126,13 @@ class _Described:
         return tuple((axis.frozen is None, _build(axis)) for _, axis in self.equations), sum(map(len, self.axes.values()))
 
     def _collect(self) -> None:
+        """Sort axes by the expression that is their size; ``3 * width`` and ``width // 2`` go with ``width``."""
         self.axes = {}
         for source, axis in self.equations:
-            found = _as_attribute(source, find(axis))
-            if found is not None:
-                attribute, whole = found
-                known = self.axes.setdefault(attribute, [])
+            if has_axis(source):
+                continue
+            for expression, whole in _in_terms_of_one(source, find(axis), self.values):
+                known = self.axes.setdefault(expression, [])
                 if all(find(other) is not find(whole) for other in known):
                     known.append(whole)
 
@@ -163,8 +164,8 @@ class _Described:
 
     # ── sizes as polynomials ──────────────────────────────────────────────────────────────────────────────────────
 
-    def freeze_mismatches(self, columns: list[list[Axis]]) -> bool:
-        """Freeze the axes of equations that a cut could break; tell whether there were any."""
+    def settle(self, columns: list[list[Axis]]) -> bool:
+        """Tie or freeze the axes of an equation that a cut could break; tell whether there was one."""
         sizes = _Sizes(columns)
         self.sizes, self.known = sizes, {}
         equations = [(source, axis) for source, axis in self.equations if not has_axis(source)]
@@ -176,10 +177,14 @@ class _Described:
             if not self._choose(source, axis) and not has_axis(source) and self._freeze(source, axis):
                 return True
             waiting = self._solve(waiting)
-        return any(
-            sizes.evaluate(source, self.known) != sizes.of(axis) and self._freeze(source, axis)
-            for source, axis in equations
-        )
+        for source, axis in equations:
+            size, wanted = sizes.evaluate(source, self.known), sizes.of(axis)
+            if size != wanted:
+                pairs = [] if size is None else sizes.pairs(size, wanted)
+                columns += pairs
+                if pairs or self._freeze(source, axis):
+                    return True
+        return False
 
     def _solve(self, equations: list[tuple[Expression, Axis]]) -> list[tuple[Expression, Axis]]:
         """Solve equations with one unknown for as long as there are any; return those with more."""
@@ -234,18 +239,25 @@ class _Described:
         return bool(free)
 
 
-def _reason(attribute: Attribute) -> str:
-    return f"`{attribute.name}` is one integer for axes that are not built alike"
+def _reason(expression: Expression) -> str:
+    return f"`{show(expression)}` is one integer for axes that are not built alike"
 
 
-def _as_attribute(source: Expression, axis: Axis) -> tuple[Attribute, Axis] | None:
-    """Return an attribute and an axis of its size, if the expression is an attribute or a fraction of one."""
-    if isinstance(source, Attribute):
-        return source, axis
-    if isinstance(source, Formula) and source.symbol == "//" and isinstance(source.left, Attribute):
-        if isinstance(source.right, int):
-            return source.left, concatenation([axis] * source.right)
-    return None
+def _in_terms_of_one(
+    source: Expression, axis: Axis, values: Mapping[Attribute, int]
+) -> list[tuple[Expression, Axis]]:
+    """Return what is known of simpler expressions if one says how large an axis is."""
+    if isinstance(source, Formula) and source.symbol in ("*", "+", "//"):
+        left, right = source.left, source.right
+        if source.symbol == "//" and isinstance(left, Attribute) and isinstance(right, int):
+            return [(left, concatenation([axis] * right))]
+        if source.symbol == "+" and left == right:
+            left, right = 2, left
+        elif isinstance(right, int):
+            left, right = right, left
+        if source.symbol != "//" and isinstance(left, int) and isinstance(right, Attribute) and axis.kind == "sum":
+            return [(right, part) for part in split(axis, [values[right]] * left, f"its size is {show(source)}")]
+    return [(source, axis)]
 
 
 def _refine(axes: list[Axis], reason: str) -> None:
@@ -289,6 +301,26 @@ class _Sizes:
             return {(): part.size} if part.frozen is not None else {(self.root(id(part)),): 1}
 
         return fold(axis, at_leaf, lambda parts: _reduce(_times, parts), lambda parts: _reduce(_plus, parts))
+
+    def pairs(self, left: Poly, right: Poly) -> list[list[Axis]]:
+        """Return leaves whose ties would make two sizes equal, none where there are no such leaves."""
+        difference = _plus(left, _times(right, {(): -1}))
+        plus, minus = ([key for key, n in difference.items() if (n > 0) == more] for more in (True, False))
+        found: list[list[Axis]] = []
+        for one in plus:
+            two = next((key for key in minus if difference[one] == -difference[key] and len(key) == len(one)), None)
+            if two is None:
+                return []
+            minus.remove(two)
+            ours, theirs = list(one), list(two)
+            for part in one:
+                if part in theirs:
+                    ours.remove(part)
+                    theirs.remove(part)
+            if len(ours) != 1 or self.leaves[ours[0]].size != self.leaves[theirs[0]].size:
+                return []
+            found.append([self.leaves[ours[0]], self.leaves[theirs[0]]])
+        return [] if minus else found
 
     def evaluate(self, source: Expression, known: Mapping[Attribute, Poly]) -> Poly | None:
         if isinstance(source, Attribute):
