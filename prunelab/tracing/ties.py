@@ -62,12 +62,12 @@ def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
 
 
 def _build(axis: Axis) -> tuple:
-    """Return what an axis is made of, without regard to which leaves they are."""
+    """Return what an axis is made of, nested products and sums as one, without regard to which leaves they are."""
 
     def join(kind: str) -> Callable[[list[tuple]], tuple]:
-        return lambda parts: (kind, *parts)
+        return lambda parts: (kind, *(deep for part in parts for deep in (part[1:] if part[0] == kind else [part])))
 
-    return fold(axis, lambda part: (part.size,), join("product"), join("sum"))
+    return fold(axis, lambda part: ("leaf", part.size), join("product"), join("sum"))
 
 
 def _like(axis: Axis) -> Axis:
