@@ -1,7 +1,7 @@
 """Sizes that layers and the model's own code keep as integers, after a cut.
 
-Flows in: the trace and what stays of every axis.  Flows out: attributes set in place.  PyTorch's own layers are read off
-their new parameters; in other modules only those attributes change that a size in the code was seen to come from.
+Flows in: the trace and what stays of every axis.  Flows out: attributes set in place.  PyTorch's own layers are read
+off their new parameters; in other modules only those attributes change that a size in the code was seen to come from.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunelab.tracing.axes import Axis, find, fold, leaves
 from prunelab.tracing.recorder import Recorder
 
+
 @dataclass(frozen=True)
 class Member:
     """One dimension of one parameter or buffer that a group runs through.

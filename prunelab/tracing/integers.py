@@ -3,7 +3,8 @@
 For the time of a trace, the integers that the fake copy's modules and their configurations hold are replaced by
 ``Observed`` ones.  They are integers in every respect, and what is computed from them remembers how.
 
-Flows in: a fake copy of a model.  Flows out: expressions over attributes, and integers put into the model or solved for.
+Flows in: a fake copy of a model.  Flows out: expressions over attributes, and integers put
+into a model.
 """
 
 from __future__ import annotations
@@ -74,20 +75,22 @@ class Observed(int):
     Attributes:
         source: how it was computed.
         notes: of the trace that it belongs to.
+        held: whether attributes play a part, not only sizes of tensors.
     """
 
     source: Expression
     notes: Notes
+    held: bool
 
     def _with(self, symbol: str, other: Any, value: Any, swapped: bool = False) -> Any:
         if not isinstance(value, int):
             return value
-        if type(other) is Observed and other.notes is self.notes:
-            source = other.source
-        else:
-            source = int.__int__(other)
+        held, source = self.held, other
+        if type(other) is not int:
+            known = type(other) is Observed and other.notes is self.notes
+            held, source = (held or other.held, other.source) if known else (held, int.__int__(other))
         pair = (source, self.source) if swapped else (self.source, source)
-        return observe(value, Formula(symbol, *pair), self.notes)
+        return observe(value, Formula(symbol, *pair), self.notes, held)
 
     def __add__(self, other: Any) -> Any:
         return self._with("+", other, int.__add__(self, other))
@@ -141,7 +144,8 @@ class Observed(int):
 
     def __int__(self) -> int:
         value = int.__int__(self)
-        self.notes.keep(value, self.source)
+        if self.held:
+            self.notes.keep(value, self.source)
         return value
 
     __trunc__ = __floor__ = __ceil__ = __pos__
@@ -185,15 +189,15 @@ def _quotient(value: Any, whole: Any) -> Any:
     return found
 
 
-def observe(value: int, source: Expression, notes: Notes) -> Observed:
-    """Return an integer that remembers where it came from.
+def observe(value: int, source: Expression, notes: Notes, held: bool = True) -> Observed:
+    """Return an integer that remembers where it came from; ``held`` says that attributes play a part.
 
     >>> heads = observe(4, Attribute("attention", ("heads",)), Notes([]))
     >>> show(((heads + 2) * 8).source), (heads + 2) * 8
     ('(attention.heads + 2) * 8', 48)
     """
     found = int.__new__(Observed, value)
-    found.source, found.notes = source, notes
+    found.source, found.notes, found.held = source, notes, held
     return found
 
 
@@ -327,21 +331,21 @@ class _Planter:
             if all(new is old for new, old in zip(inner, value, strict=True)):
                 return value
             return kind._make(inner) if hasattr(kind, "_make") else kind(inner)
-        if kind is dict:
-            self.holder(value, value, where)
+        if isinstance(value, dict):
+            self.holder(value, where, value, getattr(value, "__dict__", {}))
         elif self.is_holder(value):
-            self.holder(value, vars(value), where)
+            self.holder(value, where, vars(value))
         return value
 
-    def holder(self, owner: Any, store: dict, where: Attribute) -> None:
+    def holder(self, owner: Any, where: Attribute, *stores: dict) -> None:
         """Go into a configuration object or a dictionary, once."""
         if id(owner) in self.seen or len(where.steps) >= _DEPTH:
             return
         self.seen.add(id(owner))
-        for name, value in list(store.items()):
-            if type(name) is str:
-                self.entry(store, name, value, Attribute(where.module, (*where.steps, name)))
-
+        for store in stores:
+            for name, value in list(store.items()):
+                if type(name) is str:
+                    self.entry(store, name, value, Attribute(where.module, (*where.steps, name)))
 
     def class_integers(self, kind: type) -> list[tuple[str, int]]:
         """Return integers that a class holds for its instances."""
@@ -382,14 +386,16 @@ def _put(owner: Any, steps: tuple[str | int, ...], value: Any) -> None:
             _put(inner, tuple(rest), value)
             return
     if isinstance(owner, (dict, list)):
-        owner[first] = value  # type: ignore[index]
+        owner[first] = value  # type: ignore[index, call-overload]
+        if first in getattr(owner, "__dict__", {}):  # a dictionary whose keys are attributes too
+            vars(owner)[first] = value
     elif isinstance(owner, nn.Module):
         setattr(owner, str(first), value)
     else:
         vars(owner)[str(first)] = value  # frozen dataclasses too
 
 
-def _get(owner: Any, step: str | int) -> Any:
+def _get(owner: Any, step: Any) -> Any:
     return owner[step] if isinstance(owner, (dict, list, tuple)) else getattr(owner, str(step))
 
 

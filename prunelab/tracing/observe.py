@@ -7,7 +7,6 @@ Flows in: the calls that a model makes.  Flows out: pairs ``(expression, axis)``
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunelab.tracing.axes import Axis, leaf, regroup, split
-from prunelab.tracing.integers import Expression, Formula, Notes, Observed, attributes_of, observe
-from prunelab.tracing.integers import plant, restore
+from prunelab.tracing.integers import Expression, Formula, Notes, Observed, observe, plant, restore
 from prunelab.tracing.recorder import Dims, Recorder
 
 T = TypeVar("T")
@@ -75,7 +73,7 @@ def observed(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 def _uncached() -> Iterator[None]:
     """Hold the cache of einops: it takes an integer of one module for an equal one of another."""
     einops: Any = sys.modules.get("einops.einops")
-    cached = getattr(einops, "_reconstruct_from_shape", None)
+    cached: Any = getattr(einops, "_reconstruct_from_shape", None)
     if not hasattr(cached, "__wrapped__"):
         yield
         return
@@ -109,11 +107,18 @@ class Observer(TorchFunctionMode):
         read = _READERS.get(name)
         if read is not None:
             read(self, args, kwargs, out)
-        elif name not in _NUMBERS and any(_holds(value) for value in (*args, *kwargs.values())):
-            for value in _flat((*args, *kwargs.values())):
-                if isinstance(value, int) and not isinstance(value, bool):
-                    self.describe(value, leaf(int.__int__(value), f"it is an argument of `{name}`"), plain=False)
+        elif name not in _NUMBERS:
+            for given in (args, kwargs.values()):
+                for value in given:
+                    if _holds(value):
+                        self.pin(value, name)
         return out
+
+    def pin(self, value: Any, name: str) -> None:
+        """Note that a function of which no more is known takes an integer, so that it must stay."""
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if type(number) is Observed:
+                self.describe(number, leaf(int.__add__(number, 0), f"it is an argument of `{name}`"))
 
     # ── sizes of tensors ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,29 +126,28 @@ class Observer(TorchFunctionMode):
         dims = self.recorder.known(tensor)
         if dims is None or len(dims) != len(out):
             return out
-        return torch.Size([observe(size, dim.axis, self.notes) for size, dim in zip(out, dims, strict=True)])
+        return torch.Size([observe(size, dim.axis, self.notes, False) for size, dim in zip(out, dims, strict=True)])
 
     def size(self, args: tuple, kwargs: dict, out: Any) -> Any:
         if isinstance(out, torch.Size):
             return self.shape(args[0], out)
         dims = self.recorder.known(args[0])
         place = args[1] if len(args) > 1 else kwargs.get("dim")
-        return observe(out, dims[place].axis, self.notes) if dims and isinstance(place, int) else out
+        return observe(out, dims[place].axis, self.notes, False) if dims and isinstance(place, int) else out
 
     # ── what is found ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def source(self, value: Any, plain: bool = True) -> Expression | None:
+    def source(self, value: Any) -> Expression | None:
         """Return where a size came from, if attributes play a part."""
-        found: Expression | None = None
-        if type(value) is Observed and value.notes is self.notes:
-            found = value.source
-        elif plain and type(value) is int:
-            found = self.notes.plain.get((self.notes.module, value))
-        return found if found is not None and next(attributes_of(found), None) is not None else None
+        if type(value) is Observed:
+            return value.source if value.held and value.notes is self.notes else None
+        if type(value) is int and self.notes.plain:
+            return self.notes.plain.get((self.notes.module, value))
+        return None
 
-    def describe(self, value: Any, axis: Axis, plain: bool = True) -> None:
+    def describe(self, value: Any, axis: Axis) -> None:
         """Note that a size in the code is the size of an axis."""
-        source = self.source(value, plain)
+        source = self.source(value)
         if source is not None and value == axis.size:
             self.recorder.described.append((source, axis))
 
@@ -156,13 +160,13 @@ class Observer(TorchFunctionMode):
         source = self.source(value)
         if source is None or not 0 < abs(value) < axis.size:
             return
-        at = int.__int__(value) % axis.size
+        at = int.__add__(value, 0) % axis.size
         before, after = split(axis, [at, axis.size - at], "a slice")
         if value > 0:
             self.recorder.described.append((source, before))
         else:
-            negated = isinstance(source, Formula) and source[:2] == ("-", 0)
-            self.recorder.described.append((source[2] if negated else Formula("-", 0, source), after))  # type: ignore[index]
+            negated = isinstance(source, Formula) and source.symbol == "-" and source.left == 0
+            self.recorder.described.append((source.right if negated else Formula("-", 0, source), after))
 
 
 # ── functions that take sizes ─────────────────────────────────────────────────────────────────────────────────────
@@ -283,7 +287,7 @@ def _groups(place: int) -> Reader:
 def _shuffle(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
     groups, dims = _argument(args, kwargs, 1, "groups"), observer.recorder.known(args[0])
     if _holds(groups) and dims and dims[1].size % groups == 0:
-        plain = int.__int__(groups)
+        plain = int.__add__(groups, 0)
         observer.describe(groups, regroup([dims[1].axis], [plain, dims[1].size // plain], "a channel shuffle")[0])
 
 
@@ -293,9 +297,10 @@ def _arange(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
         observer.describe(args[0], dims[0].axis)
 
 
+_ARITHMETIC = "add sub mul div truediv floordiv pow mod eq ne lt le gt ge radd rsub rmul rtruediv rpow"
 _NUMBERS = frozenset(
     f"{prefix}{name}{suffix}"
-    for name in "add sub mul div truediv floordiv pow mod eq ne lt le gt ge radd rsub rmul rtruediv rpow".split()
+    for name in _ARITHMETIC.split()
     for prefix, suffix in (("", ""), ("__", "__"), ("", "_"), ("__i", "__"))
 ) | {"tensor", "as_tensor", "masked_fill", "masked_fill_", "clamp", "where", "fill_", "full_like"}
 """Functions to which an integer is a number, not a size."""
@@ -321,16 +326,10 @@ _READERS: dict[str, Reader] = {
 
 
 def _holds(value: Any) -> bool:
-    """Tell whether a value is an observed integer, or a list of some."""
+    """Tell whether a value is an integer that depends on attributes, or a list with one."""
     kind = type(value)
     if kind is Observed:
-        return True
-    return (kind is tuple or kind is list or kind is torch.Size) and any(type(part) is Observed for part in value)
-
-
-def _flat(values: Sequence[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _flat(value)
-        else:
-            yield value
+        return value.held
+    if kind is tuple or kind is list or kind is torch.Size:
+        return any(type(part) is Observed and part.held for part in value)
+    return False

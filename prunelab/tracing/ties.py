@@ -3,15 +3,27 @@
 An integer attribute can only have one new value.  So all axes whose size it is keep equal numbers of entries, and
 ``hidden = heads * width`` holds after a cut as before.  Sizes are compared as polynomials over the leaves of the axes.
 
-Flows in: a recorder after the run, with ``(expression, axis)`` pairs.  Flows out: leaves that are tied to each other; what
-cannot be tied is frozen, with a reason that names the attribute.
+Flows in: a recorder after the run, with ``(expression, axis)`` pairs.  Flows out: leaves that are tied to each other;
+what cannot be tied is frozen, with a reason that names the attribute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from prunelab.tracing.axes import Axis, concatenation, find, fold, freeze, is_frozen, leaf, leaves, product, split, unify
+from prunelab.tracing.axes import (
+    Axis,
+    concatenation,
+    find,
+    fold,
+    freeze,
+    is_frozen,
+    leaf,
+    leaves,
+    product,
+    split,
+    unify,
+)
 from prunelab.tracing.integers import Attribute, Expression, Formula, attributes_of, has_axis, show
 from prunelab.tracing.recorder import Integer, Recorder
 
@@ -107,23 +119,19 @@ class _Described:
 
     def alike(self) -> list[tuple[list[Axis], str]]:
         """Return axes that must be built alike, with why."""
-        parts = [(axes, "code splits it into parts of equal size that are not built alike") for axes in self.recorder.ties]
+        parts = [
+            (axes, "code splits it into parts of equal size that are not built alike") for axes in self.recorder.ties
+        ]
         return [*parts, *((axes, _reason(expression)) for expression, axes in self.axes.items() if len(axes) > 1)]
 
     def refine(self) -> None:
         """Refine axes until those are built alike that one integer describes, as far as possible."""
         for _ in range(ROUNDS):
-            before = self._state()
             self._collect()
-            for axes, reason in self.alike():
-                _refine(axes, reason)
-            for source, axis in self.equations:
-                self._impose(source, axis)
-            if self._state() == before:
+            refined = [_refine(axes, reason) for axes, reason in self.alike()]
+            imposed = [self._impose(source, axis) for source, axis in list(self.equations)]
+            if not any((*refined, *imposed)):
                 return
-
-    def _state(self) -> tuple:
-        return tuple((axis.frozen is None, _build(axis)) for _, axis in self.equations), sum(map(len, self.axes.values()))
 
     def _collect(self) -> None:
         """Sort axes by the expression that is their size; ``3 * width`` and ``width // 2`` go with ``width``."""
@@ -136,17 +144,18 @@ class _Described:
                 if all(find(other) is not find(whole) for other in known):
                     known.append(whole)
 
-    def _impose(self, source: Expression, axis: Axis) -> None:
-        """Give a plain axis the factors or segments that its size is computed from."""
+    def _impose(self, source: Expression, axis: Axis) -> bool:
+        """Give a plain axis the factors or segments that its size is computed from; tell whether it was one."""
         axis = find(axis)
-        if isinstance(source, Attribute) or has_axis(source) or axis.kind != "leaf" or axis.frozen is not None:
-            return
+        if isinstance(source, Attribute) or axis.kind != "leaf" or axis.frozen is not None or has_axis(source):
+            return False
         parts: list[tuple[Attribute, Axis]] = []
         built = self._built(source, parts)
         if built is None or find(built).kind == "leaf":
-            return
+            return False
         unify(axis, built, f"its size is {show(source)}")
         self.equations += parts
+        return True
 
     def _built(self, source: Expression, parts: list[tuple[Attribute, Axis]]) -> Axis | None:
         if isinstance(source, int):
@@ -212,7 +221,9 @@ class _Described:
         """Let one attribute of several follow the axis, and the others stay as they are."""
         unknown = self._unknown(source)
         for attribute in unknown:
-            others = {other: {(): self.values[other]} for other in unknown if other is not attribute}
+            others: dict[Attribute, Poly] = {
+                other: {(): self.values[other]} for other in unknown if other is not attribute
+            }
             self.known |= others
             if self._settle(source, axis, attribute):
                 return True
@@ -243,9 +254,7 @@ def _reason(expression: Expression) -> str:
     return f"`{show(expression)}` is one integer for axes that are not built alike"
 
 
-def _in_terms_of_one(
-    source: Expression, axis: Axis, values: Mapping[Attribute, int]
-) -> list[tuple[Expression, Axis]]:
+def _in_terms_of_one(source: Expression, axis: Axis, values: Mapping[Attribute, int]) -> list[tuple[Expression, Axis]]:
     """Return what is known of simpler expressions if one says how large an axis is."""
     if isinstance(source, Formula) and source.symbol in ("*", "+", "//"):
         left, right = source.left, source.right
@@ -260,18 +269,26 @@ def _in_terms_of_one(
     return [(source, axis)]
 
 
-def _refine(axes: list[Axis], reason: str) -> None:
-    """Give all axes the build of the finest one."""
+def _refine(axes: list[Axis], reason: str) -> bool:
+    """Give all axes the build of the finest one; tell whether anything changed."""
+    builds = [_build(axis) for axis in axes]
+    if len(set(builds)) == 1:
+        return False
     finest = max(axes, key=lambda axis: sum(1 for _ in leaves(axis)))
-    for axis in axes:
-        if _build(axis) == _build(finest):
+    changed = False
+    for axis, build in zip(axes, builds, strict=True):
+        if build == _build(finest):
             continue
+        if is_frozen(axis) and is_frozen(finest):
+            continue
+        changed = True
         if is_frozen(axis) or is_frozen(finest):
-            why = next((part.frozen for whole in (axis, finest) if is_frozen(whole) for part in leaves(whole)), None)
+            why = next(part.frozen for whole in (axis, finest) if is_frozen(whole) for part in leaves(whole))
             for whole in (axis, finest):
                 freeze(whole, f"{reason}, and one of them must stay: {why}")
         else:
             unify(axis, _like(finest), reason)
+    return changed
 
 
 Poly = dict[tuple[int, ...], int]
