@@ -69,6 +69,9 @@ class Notes:
         self.plain[key] = source if self.plain.get(key, source) == source else None
 
 
+_NEUTRAL = {"+": 0, "-": 0, "*": 1, "//": 1}
+
+
 class Observed(int):
     """An integer that knows its expression.
 
@@ -85,6 +88,8 @@ class Observed(int):
     def _with(self, symbol: str, other: Any, value: Any, swapped: bool = False) -> Any:
         if not isinstance(value, int):
             return value
+        if type(other) is int and _NEUTRAL[symbol] == other and not (swapped and symbol in "-//"):
+            return self
         held, source = self.held, other
         if type(other) is not int:
             known = type(other) is Observed and other.notes is self.notes
@@ -130,7 +135,7 @@ class Observed(int):
 
     def __pow__(self, power: Any, modulus: Any = None) -> Any:
         if modulus is None and type(power) is int and 1 <= power <= 4:
-            return math.prod([self] * power)
+            return math.prod([self] * power)  # multiplied one by one
         return int.__pow__(self, power, modulus)
 
     def __neg__(self) -> Any:
