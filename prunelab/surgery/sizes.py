@@ -13,7 +13,8 @@ from torch import nn
 
 from prunelab.errors import PlanError
 from prunelab.tracing.axes import Axis
-from prunelab.tracing.integers import attributes_of, evaluate, has_axis, put, show
+from prunelab.tracing.integers import attributes_of, evaluate, has_axis, show
+from prunelab.tracing.planting import put
 from prunelab.tracing.trace import DependencyGraph
 
 
