@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
+from prunelab.surgery.sizes import layer_sizes
 from prunelab.tracing.integers import Attribute, Notes, Observed, observe, show
-from tests.attention import HEADS, REPLICAS, WIDTH, Bert, Configured, Llama, Projections, Shaped, Sizes, attend
+from tests.attention import HEADS, REPLICAS, WIDTH, Bert, Configured, Gpt2, Llama, Projections, Shaped, Sizes, attend
 from tests.cases import error, perturb
 
 
@@ -296,6 +297,24 @@ class Shuffled(Calls):
         return F.channel_shuffle(x.transpose(1, 2), self.four).transpose(1, 2).relu()
 
 
+class ShuffledByLayer(Calls):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffle = nn.ChannelShuffle(4)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.shuffle(x.transpose(1, 2)).transpose(1, 2).relu()
+
+
+class NormedWithoutWeights(Calls):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(24, elementwise_affine=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
 class Powers(Calls):
     def __init__(self) -> None:
         super().__init__(out=16)
@@ -319,8 +338,19 @@ class OfLayers(Calls):
         return x.view(*x.shape[:2], self.four, self.first.out_features // self.four).relu().flatten(2)
 
 
+class Turned(nn.Module):
+    """A layer for channels in second place."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2)).transpose(1, 2)
+
+
 CALLS = (Normed, Grouped, Halved, Narrowed, SplitUp, Repeated, Interleaved, Expanded, Unflattened, Shuffled, Powers)
-CALLS += (Summed, OfLayers)
+CALLS += (Summed, OfLayers, ShuffledByLayer, NormedWithoutWeights)
 
 
 @pytest.mark.parametrize("block", CALLS, ids=lambda block: block.__name__)
@@ -330,6 +360,27 @@ def test_sizes_are_followed_through_whatever_takes_them(block: type[nn.Module]):
     assert any(group.name.startswith("1.first") for group in graph.groups)
     cut: Any = check_cut(model, inputs, half(model, inputs))
     assert cut[1].epochs == 24
+
+
+def test_layers_say_their_new_sizes():
+    model, inputs = network(Gpt2(), Turned(nn.PReLU(WIDTH)))
+    cut: Any = check_cut(model, inputs, half(model, inputs))
+    assert (cut[1].c_attn.nx, cut[1].c_attn.nf) == tuple(cut[1].c_attn.weight.shape) == (16, 24)
+    assert cut[2].layer.num_parameters == 16 and cut[3].in_features == 16
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (nn.RMSNorm(6), {"normalized_shape": (6,)}),
+        (nn.Bilinear(2, 3, 4), {"in1_features": 2, "in2_features": 3, "out_features": 4}),
+        (nn.EmbeddingBag(5, 6), {"embedding_dim": 6}),
+        (nn.Identity(), {}),
+    ],
+)
+def test_sizes_of_layers_are_read_off_their_parameters(layer: nn.Module, sizes: dict[str, Any]):
+    assert layer_sizes(layer, None) == sizes
+    assert {name: getattr(layer, name) for name in sizes} == sizes
 
 
 def test_an_integer_that_picks_a_place_stays():

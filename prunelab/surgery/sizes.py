@@ -39,7 +39,7 @@ def resize(model: nn.Module, graph: DependencyGraph, kept_size: Callable[[Axis],
         recorded.setdefault(owner, {})[attribute] = kept_size(axis)
     for name, module in model.named_modules():
         own = recorded.get(name, {})
-        known = _layer_sizes(module, own.get("groups"))
+        known = layer_sizes(module, own.get("groups"))
         known |= {attribute: size for attribute, size in own.items() if hasattr(module, attribute)}
         for attribute, value in known.items():
             setattr(module, attribute, value)
@@ -58,7 +58,7 @@ def _check(graph: DependencyGraph, kept_size: Callable[[Axis], int]) -> None:
             )
 
 
-def _layer_sizes(module: nn.Module, groups: int | None) -> dict[str, Any]:
+def layer_sizes(module: nn.Module, groups: int | None) -> dict[str, Any]:
     """Return the size attributes of one of PyTorch's own layers, read off its new parameters."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):

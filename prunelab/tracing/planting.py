@@ -20,6 +20,8 @@ from prunelab.tracing.integers import Attribute, Notes, observe
 _LAYERS: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features"),
     "Unflatten": ("unflattened_size",),
+    "ChannelShuffle": ("groups",),
+    **dict.fromkeys(("LayerNorm", "RMSNorm"), ("normalized_shape",)),
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), ("in_channels", "out_channels")),
     **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), ("num_features",)),
     "Embedding": ("embedding_dim",),
