@@ -117,6 +117,8 @@ class Llama(nn.Module):
         return self.o(attend(query, key, value).reshape(*x.shape[:-1], -1))
 
     def repeated(self, x: Tensor) -> Tensor:
+        if self.num_key_value_groups == 1:
+            return x
         batch, heads, length, width = x.shape
         x = x[:, :, None].expand(batch, heads, self.num_key_value_groups, length, width)
         return x.reshape(batch, heads * self.num_key_value_groups, length, width)

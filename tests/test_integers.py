@@ -176,6 +176,37 @@ def test_an_axis_that_shares_its_integer_with_a_frozen_one_is_frozen():
     assert "must stay as large as another axis" in pl.trace(model, inputs).frozen["1.first.weight", 0]
 
 
+class Offset(nn.Module):
+    """Sizes from integers that are negative, zero and one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+        self.ten, self.minus, self.zero, self.one, self.eight = 10, -2, 0, 1, 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(0, 1)
+        x = x.view(-1, self.ten + self.minus).relu().view(-1, self.one * self.eight).view(-1, self.zero + self.eight)
+        x = x.view(-1, self.one, self.eight // self.one).view(-1, 2 * self.eight - self.eight)
+        return self.last(x).unflatten(0, (2, -1))
+
+
+def test_integers_below_two_are_constants():
+    model, inputs = network(Offset())
+    block: Any = check_cut(model, inputs, half(model, inputs))[1]  # type: ignore[index]
+    assert (block.ten, block.minus, block.zero, block.one, block.eight) == (6, -2, 0, 1, 4)
+
+
+def test_repeats_that_a_cut_leaves_out_are_no_obstacle():
+    model, inputs = network(Llama())
+    graph = pl.trace(model, inputs)
+    repeats = graph.groups_of("1.q.weight")[1]
+    others = {group.name: 0.0 for group in graph.groups if group is not repeats}
+    plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, overrides={**others, repeats.name: 0.5})
+    block: Any = check_cut(model, inputs, plan)[1]  # type: ignore[index]
+    assert block.num_key_value_groups == 1 and block.head_dim == 8
+
+
 class Torn(nn.Module):
     """One integer for axes that can never have one size again: a square, and a side of it."""
 

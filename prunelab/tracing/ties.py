@@ -162,6 +162,8 @@ class _Described:
         if isinstance(source, int):
             return leaf(source, "a constant of the model's code") if source > 0 else None
         if isinstance(source, Attribute):
+            if self.values[source] < 1:
+                return None
             known = self.axes.get(source)
             part = _like(known[0]) if known else leaf(self.values[source])
             parts.append((source, part))

@@ -44,6 +44,7 @@ class DependencyGraph:
         bundles: the groups again, with those together that must keep equal numbers of units.
         frozen: ``(name, dim) -> reason`` for every dimension of a parameter that has nothing to remove.
         tape: every operator call, in order.
+        integers: attributes of modules whose value follows a cut, since the model's code took a size from them.
     """
 
     def __init__(
