@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ from prunelab.surgery.integers import compare_integers
 from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
+from prunelab.surgery.sizes import resize
 from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
-from prunelab.tracing.groups import VIEWS
 from prunelab.tracing.trace import DependencyGraph, trace
 
 PLANS = "prunelab_plans"
@@ -196,7 +196,7 @@ def _cut(
             source = fresh.get(name, tensors[name])
             fresh[name] = fakes.select(source, place, mask.nonzero().flatten())
     _replace(model, {id(tensors[name]): tensor for name, tensor in fresh.items()})
-    _resize(model, graph, kept)
+    resize(model, graph, kept.size)
 
 
 def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
@@ -212,63 +212,3 @@ def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and id(buffer) in fresh:
                 module._buffers[name] = laid_out_like(fresh[id(buffer)], buffer)
-
-
-# ── sizes that code keeps as integers ─────────────────────────────────────────────────────────────────────────────
-
-
-def _resize(model: nn.Module, graph: DependencyGraph, kept: Kept) -> None:
-    recorded: dict[str, dict[str, int]] = {}
-    for owner, attribute, axis in graph.sizes:
-        recorded.setdefault(owner, {})[attribute] = kept.size(axis)
-    changes = _viewed_sizes(graph, kept)
-    for name, module in model.named_modules():
-        own = recorded.get(name, {})
-        known = _layer_sizes(module, own.get("groups"))
-        known |= {attribute: size for attribute, size in own.items() if hasattr(module, attribute)}
-        for attribute, value in known.items():
-            setattr(module, attribute, value)
-        for attribute, value in list(vars(module).items()):
-            if attribute not in known and type(value) in (int, tuple):
-                new = changes.get(name, {}).get(value, set())
-                if len(new) == 1:
-                    setattr(module, attribute, next(iter(new)))
-
-
-Size = int | tuple[int, ...]
-"""What a module's code gives to a view: the size of one dimension, or a whole shape."""
-
-
-def _viewed_sizes(graph: DependencyGraph, kept: Kept) -> dict[str, dict[Size, set[Size]]]:
-    """Return, for every module, the sizes and shapes that its own views give and what they become."""
-    changes: dict[str, dict[Size, set[Size]]] = {}
-    for op in graph.tape:
-        for tensor in op.outputs if op.name in VIEWS else ():
-            old = tuple(axis.size for axis in graph.axes_of(tensor))
-            new = tuple(kept.size(axis) for axis in graph.axes_of(tensor))
-            pairs: list[tuple[Size, Size]] = [(old, new), *zip(old, new, strict=True)]
-            for before, after in pairs:
-                if before != after:
-                    changes.setdefault(op.module, {}).setdefault(before, set()).add(after)
-    return changes
-
-
-def _layer_sizes(module: nn.Module, groups: int | None) -> dict[str, Any]:
-    """Return the size attributes of one of PyTorch's own layers, read off its new parameters."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * (groups or 1)}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * (groups or 1)}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        first = weight if weight is not None else module.running_mean
-        return {} if first is None else {"num_features": first.shape[0]}
-    if isinstance(module, nn.LayerNorm) and weight is not None:
-        return {"normalized_shape": tuple(weight.shape)}
-    if isinstance(module, nn.GroupNorm) and weight is not None:
-        return {"num_channels": weight.shape[0]}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": weight.shape[1]}
-    return {}

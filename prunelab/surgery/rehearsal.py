@@ -6,7 +6,10 @@ where one does not give the shape that it should, so that no cut goes wrong in s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+
+from torch import Tensor
 
 from prunelab.errors import PlanError
 from prunelab.tracing.axes import Axis
@@ -18,6 +21,9 @@ COPIES = ("clone", "contiguous", "alias", "detach", "as_strided", "as_strided_")
 
 A view by strides that moves entries freezes all that it touches.
 """
+
+RESHAPES = ("unsqueeze", "squeeze", "view", "_unsafe_view", "expand", "slice")
+"""Entries stay in their order; a row of these that ends with the shape it began with does nothing."""
 
 Shapes = list[tuple[int, ...]]
 
@@ -31,11 +37,16 @@ def compare(graph: DependencyGraph, cut: DependencyGraph, kept_size: Callable[[A
     before, after = ([op for op in g.tape if op.name not in COPIES] for g in (graph, cut))
     wanted = [_signature(op, graph, kept_size) for op in before]
     found = [_signature(op, cut, lambda axis: axis.size) for op in after]
-    pairs, place = [], 0
+    pairs, place, idle = [], 0, 0
     for number, op in enumerate(before):
+        if number < idle:
+            continue
         if place < len(found) and found[place] == wanted[number]:
             pairs.append((op, after[place]))
             place += 1
+            continue
+        idle = _after_nothing(before, number, graph, kept_size)
+        if idle > number:
             continue
         skipped = _after_attention(found, place, wanted, number)
         if skipped is None:
@@ -54,6 +65,33 @@ def compare(graph: DependencyGraph, cut: DependencyGraph, kept_size: Callable[[A
 def _signature(op: Op, graph: DependencyGraph, size: Callable[[Axis], int]) -> tuple[str, Shapes]:
     shapes = [tuple(size(axis) for axis in graph.axes_of(tensor)) for tensor in op.outputs]
     return op.name.replace("_unsafe_view", "view"), shapes
+
+
+def _after_nothing(before: list[Op], start: int, graph: DependencyGraph, size: Callable[[Axis], int]) -> int:
+    """Return where a row of operators ends that does nothing once the model is cut, ``start`` if there is none.
+
+    Code leaves those out: ``if repeats == 1: return x``.
+    """
+
+    def shape(tensor: Tensor) -> tuple[int, ...]:
+        return tuple(size(axis) for axis in graph.axes_of(tensor))
+
+    if before[start].name not in RESHAPES:
+        return start
+    copied = {id(op.outputs[0]): op.args[0] for op in graph.tape if op.name in COPIES}
+    tensor = before[start].args[0]
+    first, number = shape(tensor), start
+    while number < len(before) and before[number].name in RESHAPES:
+        source = before[number].args[0]
+        if source is not tensor and copied.get(id(source)) is not tensor:
+            break
+        tensor = before[number].outputs[0]
+        number += 1
+        if math.prod(shape(tensor)) != math.prod(first):
+            break
+        if shape(tensor) == first:
+            return number
+    return start
 
 
 def _after_attention(

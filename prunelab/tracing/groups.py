@@ -10,14 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunelab.tracing.axes import Axis, find, fold, freeze, is_frozen, leaves
+from prunelab.tracing.axes import Axis, find, fold, freeze, leaves
 from prunelab.tracing.recorder import Recorder
-
-VIEWS: tuple[str, ...] = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes", "slice")
-VIEWS += ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-"""Operators whose sizes stand in the model's code, often as an integer attribute."""
 
 
 @dataclass(frozen=True)
@@ -63,57 +59,6 @@ class Group:
     size: int
     members: tuple[Member, ...]
     axis: Axis = field(repr=False)
-
-
-def tie(recorder: Recorder) -> list[set[int]]:
-    """Return sets of leaves (by ``id``) that must keep equal numbers, since code asks for parts of equal size.
-
-    Parts are compared leaf by leaf; where they are not built alike they are frozen.  Views whose sizes stand in one
-    integer attribute of their module are tied too: it can only have one new value.
-    """
-    columns = []
-    for parts in recorder.ties:
-        alike = _columns(parts)
-        columns += alike or []
-        for part in parts if alike is None else []:
-            freeze(part, "code splits it into parts of equal size that are not built alike")
-    _freeze_together(columns)
-    ties = [{id(part) for part in column} for column in columns]
-    integers = _integers(recorder.model)
-    viewed: dict[tuple[str, int], list[Axis]] = {}
-    for op in recorder.tape:
-        if op.name in VIEWS and op.module in integers:
-            for axis in (dim.axis for tensor in op.outputs for dim in recorder.dims(tensor)):
-                if axis.size in integers[op.module] and not is_frozen(axis):
-                    viewed.setdefault((op.module, axis.size), []).append(axis)
-    for axes in viewed.values():
-        ties += [{id(part) for part in column} for column in _columns(axes) or []]
-    return ties
-
-
-def _freeze_together(columns: list[list[Axis]]) -> None:
-    """Freeze whatever is tied to a frozen axis, directly or by way of others."""
-    changed = True
-    while changed:
-        changed = False
-        for column in columns:
-            reason = next((part.frozen for part in column if part.frozen), None)
-            for part in column if reason else []:
-                changed |= part.frozen is None
-                freeze(part, f"it must stay as large as another axis: {reason}")
-
-
-def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
-    """Return the leaves of axes that are built alike, place by place; ``None`` if they are not."""
-    rows = [list(leaves(axis)) for axis in axes]
-    if len({tuple(part.size for part in row) for row in rows}) != 1:
-        return None
-    return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
-
-
-def _integers(model: nn.Module) -> dict[str, set[int]]:
-    found = {name: {value for value in vars(m).values() if type(value) is int} for name, m in model.named_modules()}
-    return {name: values for name, values in found.items() if values}
 
 
 def make_bundles(groups: tuple[Group, ...], ties: list[set[int]]) -> tuple[tuple[Group, ...], ...]:

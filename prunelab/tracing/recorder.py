@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
 from prunelab.tracing.axes import Axis, freeze, leaf, unify
+from prunelab.tracing.integers import Attribute, Expression
 from prunelab.tracing.shortcut import Shortcut
 
 
@@ -153,6 +155,17 @@ class Op:
         return tensors_in([*self.args, *self.kwargs.values()])
 
 
+class Integer(NamedTuple):
+    """An attribute whose value is a sum of products of axes' sizes: ``terms`` are ``(coefficient, axes)``."""
+
+    attribute: Attribute
+    terms: tuple[tuple[int, tuple[Axis, ...]], ...]
+
+    def value(self, size: Callable[[Axis], int]) -> int:
+        """Return what it is for given sizes of axes."""
+        return sum(number * prod(size(axis) for axis in axes) for number, axes in self.terms)
+
+
 class Recorder(TorchDispatchMode):
     """Lets a model run on fake tensors and keeps, for every tensor, the axes of its dimensions.
 
@@ -170,6 +183,9 @@ class Recorder(TorchDispatchMode):
         marks: ``((parameter, dim), role, axis)``: what an operator uses a dimension of a parameter for.
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
+        described: ``(expression, axis)``: sizes that the model's code computes from attributes.
+        values: attribute -> the integer that it is.
+        integers: attributes whose value follows a cut.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
         held: if a list, calls are put there and state no equation yet.
         sized: some call gave a size that may hold for the example alone.
@@ -192,6 +208,9 @@ class Recorder(TorchDispatchMode):
         self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
         self.sizes: list[tuple[str, str, Axis]] = []
         self.ties: list[list[Axis]] = []
+        self.described: list[tuple[Expression, Axis]] = []
+        self.values: dict[Attribute, int] = {}
+        self.integers: list[Integer] = []
         self.conditions: list[tuple[list[Tensor], Dims, str]] = []
         self.contracted: list[Axis] = []
         self.made: list[tuple[Axis, str]] = []
@@ -202,7 +221,7 @@ class Recorder(TorchDispatchMode):
         self.sized = False
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
-        self._stack: list[str] = []
+        self.stack: list[str] = []
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
@@ -218,7 +237,7 @@ class Recorder(TorchDispatchMode):
     @property
     def module(self) -> str:
         """Qualified name of the module whose ``forward`` runs now."""
-        return self._stack[-1] if self._stack else ""
+        return self.stack[-1] if self.stack else ""
 
     def know(self, tensor: Tensor, dims: Dims) -> None:
         """Keep the axes of a tensor (and the tensor, so that its identity stays its own)."""
@@ -232,9 +251,13 @@ class Recorder(TorchDispatchMode):
             self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
         return self._dims[id(tensor)]
 
+    def known(self, tensor: Tensor) -> Dims | None:
+        """Return the axes of a tensor, ``None`` for one that the tracer never saw."""
+        return self._dims.get(id(tensor))
+
     def _watch_modules(self) -> None:
         """Follow which module runs, by hooks on the fake copy; they know the stack alone, so that no cycle is made."""
-        stack = self._stack
+        stack = self.stack
 
         def leave(*_: Any) -> None:
             stack.pop()
@@ -258,9 +281,9 @@ class Recorder(TorchDispatchMode):
     def note_held(self, held: list[tuple]) -> None:
         """State the equations of calls that were held back."""
         for *call, module in held:
-            self._stack.append(module)
+            self.stack.append(module)
             self._note(*call)
-            self._stack.pop()
+            self.stack.pop()
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, strides: tuple[int, ...]) -> None:
         """State the equations of a call and put it on the tape."""

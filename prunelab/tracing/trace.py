@@ -11,8 +11,8 @@ import gc
 import html
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +22,15 @@ from torch.utils._pytree import tree_leaves
 from prunelab.errors import TraceError
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
-from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
+from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of
 from prunelab.tracing.made import freeze_unproduced
 from prunelab.tracing.named import covered
+from prunelab.tracing.observe import observed, with_or_without
 from prunelab.tracing.recorder import Dim, Op, Recorder, first_line
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
 from prunelab.tracing.sizes import depends_on_size, others
+from prunelab.tracing.ties import tie
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +46,7 @@ class DependencyGraph:
         bundles: the groups again, with those together that must keep equal numbers of units.
         frozen: ``(name, dim) -> reason`` for every dimension of a parameter that has nothing to remove.
         tape: every operator call, in order.
+        integers: attributes of modules whose value follows a cut, since the model's code took a size from them.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class DependencyGraph:
         self.visited = recorder.visited
         self.sizes, self.flop_terms = recorder.sizes, recorder.flops
         self.weight_norms = recorder.weight_norms
+        self.integers, self.described = recorder.integers, recorder.described
         self.dims = recorder.parameters
         self._recorder = recorder
         reasons: dict[int, str] = {}
@@ -178,7 +182,7 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
     with _uncollected():
-        return _trace(model, example_inputs, ignore)
+        return with_or_without(partial(_trace, model, example_inputs, ignore))
 
 
 @contextmanager
@@ -237,7 +241,8 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
     torch.backends.mha.set_fastpath_enabled(False)
     log.disabled = True  # what fails is raised, with the module's name
     try:
-        with torch.no_grad(), mode, recorder:
+        watched = nullcontext() if recorder.held is not None else observed(copy, recorder)
+        with torch.no_grad(), mode, recorder, watched:
             return copy(*args, **kwargs)
     except TraceError:
         raise
