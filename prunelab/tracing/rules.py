@@ -206,9 +206,9 @@ RULES: dict[Rule, str] = {
     rows.distances: "_cdist_forward",
     space.spatial: "max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
-    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa",
+    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     space.unpool: "max_unpool2d max_unpool3d",
     space.fractional_pool: "fractional_max_pool2d fractional_max_pool3d",
     space.patches: "im2col",
