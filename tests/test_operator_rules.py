@@ -386,3 +386,33 @@ def test_a_view_by_places_in_memory_freezes_what_it_moves():
     torch.manual_seed(0)
     graph = pl.trace(Strided(), torch.randn(6, 3))
     assert not graph.groups and "views it by places in memory" in graph.frozen["first.weight", 0]
+
+
+# ── what stays frozen says why ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (nn.LocalResponseNorm(3), "slides over it"),
+        (
+            lambda x: torchvision.ops.ps_roi_align(x, [torch.zeros(1, 4)] * 2, 2).sum((2, 3), keepdim=True),
+            "has no rule",
+        ),
+        (lambda x: torch.cdist(x.flatten(2).mT, x.flatten(2).mT).unsqueeze(1), "measures distances over it"),
+        (lambda x: torch.fft.fft(x, dim=1).real, "transforms it"),
+        (lambda x: x.cummax(1)[0], "depends on the order of its entries"),
+        (lambda x: x.unfold(1, 8, 8).squeeze(-1), "slides over it"),
+    ],
+)
+def test_channels_that_meet_each_other_stay(what, why):
+    class Meets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return what(self.first(x))
+
+    graph = pl.trace(Meets(), torch.randn(2, 3, 4, 4))
+    assert not graph.groups and why in graph.frozen["first.weight", 0]

@@ -45,7 +45,6 @@ def matmul(call: Call) -> list[Dims]:
     left, right = call.dims(names[0]), call.dims(names[1])
     batch = [merge(call, [one, two]) for one, two in zip(left[:-2], right[:-2], strict=True)]
     call.unify(left[-1], right[-2])
-    call.contract(left[-1])
     for operand, inner, outer in ((left, left[-1], left[-2]), (right, right[-2], right[-1])):
         if any(dim.origins for dim in operand):
             call.mark(inner, "consumes")
@@ -70,7 +69,6 @@ def matvec(call: Call) -> list[Dims]:
     if all(any(dim.origins for dim in dims) for dims in (left, right)):
         return freeze_whole(call, "multiplies weights with each other, as spectral norm does")
     call.unify(left[-1], right[0])
-    call.contract(left[-1])
     call.mark(left[-1], "consumes")
     call.mark(right[0], "consumes")
     call.count(2, *left)
@@ -117,13 +115,12 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def reduction(call: Call) -> list[Dims]:
-    """Dimensions disappear into one number each: sums, norms, means and variances are over the units that stay."""
+    """Dimensions disappear into one number each; only sums and norms stay the same when silent entries go."""
     dims = call.dims(call.tensors[0])
     places = call.get("dim")
     places = [places] if isinstance(places, int) else list(places or range(len(dims)))
     gone = {place % len(dims) for place in places} if dims else set()
-    call.contract(*(dims[place] for place in sorted(gone)))
-    if call.name not in ("sum", "norm", "linalg_vector_norm", "any", "mean", "var", "var_mean", "std", "std_mean"):
+    if call.name not in ("sum", "norm", "linalg_vector_norm", "any"):
         call.freeze_if_used([dims[place] for place in gone], "reduces it")
     if call.outputs[0].dim() == len(dims):
         kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]
@@ -210,9 +207,8 @@ RULES: dict[Rule, str] = {
     space.spatial: "max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d "
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
     "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     space.unpool: "max_unpool2d max_unpool3d",
     space.fractional_pool: "fractional_max_pool2d fractional_max_pool3d",
     space.patches: "im2col",
