@@ -152,8 +152,11 @@ def slice_(call: Call) -> list[Dims]:
     size, length = dims[place].size, shape[place]
     if length == size:
         return [dims]
+    if not length:  # a smaller tensor has no entries there either
+        dims[place] = call.fresh(0)
+        return [dims]
     start = min(max((call["start"] or 0) + (size if (call["start"] or 0) < 0 else 0), 0), size)
-    if call["step"] != 1 or not length:
+    if call["step"] != 1:
         call.freeze([dims[place]], "takes some entries of it")
         dims[place] = call.fresh(length)
     else:
