@@ -135,6 +135,38 @@ def test_layers_that_read_one_integer_lose_equal_numbers():
     assert vars(cut[1].config) == {"heads": 2, "width": 4, "layers": 8} and cut[1].config is cut[2].config
 
 
+class Phi(nn.Module):
+    """Queries, keys and values cut out at products of a shared integer and one of its own; nothing past the end."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.config, self.head_dim, self.num_key_value_heads = config, 8, 2
+        self.qkv, self.o = nn.Linear(WIDTH, WIDTH + 32), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.qkv(x)
+        first = self.config.num_attention_heads * self.head_dim
+        second = first + self.num_key_value_heads * self.head_dim
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        parts = out[..., :first], out[..., first:second], out[..., second:]
+        query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
+        query = torch.cat([query[..., : key.shape[-1]], query[..., key.shape[-1] :]], dim=-1)
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        return x + self.o(attend(query, key, value).flatten(2))
+
+
+def test_products_with_a_shared_integer_are_tied_factor_by_factor():
+    config = SimpleNamespace(num_attention_heads=HEADS)
+    model, inputs = network(Phi(config), Phi(config))
+    graph = pl.trace(model, inputs)
+    assert sorted(len(bundle) for bundle in graph.bundles) == [1, 2, 2, 2, 2]
+    assert [[group.name for group in bundle] for bundle in graph.bundles] == [
+        [group.name for group in bundle] for bundle in pl.trace(model, inputs).bundles
+    ]
+    cut: Any = check_cut(model, inputs, half(model, inputs))
+    assert (cut[1].config.num_attention_heads, cut[1].num_key_value_heads, cut[1].head_dim) == (1, 1, 4)
+
+
 def test_layers_with_integers_of_their_own_are_cut_on_their_own():
     model, inputs = network(Bert(), Bert())
     graph = pl.trace(model, inputs)

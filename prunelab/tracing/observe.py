@@ -25,6 +25,8 @@ from prunelab.tracing.recorder import Dims, Recorder
 
 T = TypeVar("T")
 
+_CARRIERS = {Observed, tuple, list, torch.Size}
+
 
 class _Attempt:
     """One try at a trace: whether integers are watched, and whether it failed while they were."""
@@ -110,10 +112,9 @@ class Observer(TorchFunctionMode):
         if read is not None:
             read(self, args, kwargs, out)
         elif name not in NUMBERS:
-            for given in (args, kwargs.values()):
-                for value in given:
-                    if holds(value):
-                        self.pin(value, name)
+            for value in (*args, *kwargs.values()) if kwargs else args:
+                if type(value) in _CARRIERS and holds(value):
+                    self.pin(value, name)
         return out
 
     def pin(self, value: Any, name: str) -> None:

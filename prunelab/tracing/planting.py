@@ -72,6 +72,8 @@ class _Planter:
         if kind.__module__.startswith("torch."):
             if kind.__module__.startswith("torch.nn.") and not isinstance(module, torch.jit.ScriptModule):
                 for name in _LAYERS.get(kind.__name__, ()):
+                    if name == "normalized_shape" and module.weight is not None:
+                        continue  # surgery reads it off the weight
                     self.entry(store, name, store.get(name), Attribute(path, (name,)))
             return
         if isinstance(module, torch.jit.ScriptModule):

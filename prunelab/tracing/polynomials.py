@@ -12,30 +12,38 @@ from prunelab.tracing.axes import Axis, fold
 from prunelab.tracing.integers import Attribute, Expression, Formula, attributes_of
 
 Poly = dict[tuple[int, ...], int]
-"""A size: (leaves by ``id``, sorted) -> coefficient; frozen leaves are numbers."""
+"""A size: (leaves by number, sorted) -> coefficient; frozen leaves are constants."""
 
 
 class Sizes:
     """Sizes of axes as polynomials over leaves, of which those that are tied count as one."""
 
     def __init__(self, columns: list[list[Axis]]) -> None:
-        self.parent: dict[int, int] = {}
-        self.leaves: dict[int, Axis] = {id(part): part for column in columns for part in column}
+        self.leaves: list[Axis] = []
+        self._numbers: dict[int, int] = {}
+        self._parent: dict[int, int] = {}
         for column in columns:
-            for part in column[1:]:
-                first, other = self.root(id(column[0])), self.root(id(part))
-                if first != other:
-                    self.parent[other] = first
+            first, *others = (self._number(part) for part in column)
+            for other in others:
+                one, two = self._root(first), self._root(other)
+                if one != two:
+                    self._parent[two] = one
 
-    def root(self, part: int) -> int:
-        while part in self.parent:
-            part = self.parent[part]
-        return part
+    def _number(self, part: Axis) -> int:
+        """Return a leaf's number: they are counted as they are met, so that every trace counts alike."""
+        if id(part) not in self._numbers:
+            self._numbers[id(part)] = len(self.leaves)
+            self.leaves.append(part)
+        return self._numbers[id(part)]
+
+    def _root(self, number: int) -> int:
+        while number in self._parent:
+            number = self._parent[number]
+        return number
 
     def of(self, axis: Axis) -> Poly:
         def at_leaf(part: Axis) -> Poly:
-            self.leaves[id(part)] = part
-            return {(): part.size} if part.frozen is not None else {(self.root(id(part)),): 1}
+            return {(): part.size} if part.frozen is not None else {(self._root(self._number(part)),): 1}
 
         return fold(axis, at_leaf, lambda parts: _reduce(_times, parts), lambda parts: _reduce(_plus, parts))
 
@@ -54,9 +62,13 @@ class Sizes:
                 if part in theirs:
                     ours.remove(part)
                     theirs.remove(part)
-            if len(ours) != 1 or self.leaves[ours[0]].size != self.leaves[theirs[0]].size:
-                return []
-            found.append([self.leaves[ours[0]], self.leaves[theirs[0]]])
+            for part in ours:
+                size = self.leaves[part].size
+                match = next((other for other in theirs if self.leaves[other].size == size), None)
+                if match is None:
+                    return []
+                theirs.remove(match)
+                found.append([self.leaves[part], self.leaves[match]])
         return [] if minus else found
 
     def evaluate(self, source: Expression, known: Mapping[Attribute, Poly]) -> Poly | None:

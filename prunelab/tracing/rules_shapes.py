@@ -102,7 +102,9 @@ def _sliced(call: Call, dims: Dims, place: int, length: int) -> Dims:
     if length == size:
         return dims
     start = min(max((call["start"] or 0) + (size if (call["start"] or 0) < 0 else 0), 0), size)
-    if call["step"] != 1 or not length:
+    if not length:  # a smaller tensor has no entries there either
+        part = call.fresh(0)
+    elif call["step"] != 1:
         call.freeze([dims[place]], "takes some entries of it")
         part = call.fresh(length)
     else:

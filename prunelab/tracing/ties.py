@@ -103,7 +103,7 @@ class _Described:
     def _fit_layers(self) -> None:
         """Add what PyTorch's own layers keep as integers, where the model's code reads it."""
         places = {"in_features": 1, "in_channels": 1, "embedding_dim": 1}
-        seen = {attribute for source, _ in self.equations for attribute in attributes_of(source)}
+        seen = dict.fromkeys(attribute for source, _ in self.equations for attribute in attributes_of(source))
         for attribute in seen:
             last = attribute.steps[-1]
             names = ("weight", "running_mean") if last == "num_features" else ("weight",)
@@ -235,10 +235,10 @@ class _Described:
         return False
 
     def integers(self) -> list[Integer]:
-        """Return the attributes whose value follows what stays of some axes."""
-        by_id = self.sizes.leaves
+        """Return every attribute that gave a size, with what its value follows."""
+        parts = self.sizes.leaves
         return [
-            Integer(attribute, tuple((number, tuple(by_id[part] for part in key)) for key, number in size.items()))
+            Integer(attribute, tuple((number, tuple(parts[part] for part in key)) for key, number in size.items()))
             for attribute, size in self.known.items()
         ]
 
