@@ -29,6 +29,7 @@ class FakeMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._attributes: dict[torch.device, dict[str, Any]] = {}
+        self._data: dict[int, tuple[FakeTensor, Tensor]] = {}
 
     def make(self, like: Tensor, device: torch.device) -> FakeTensor:
         """Return ``FakeTensor(self, like, device)`` without its checks, which take most of the time.
@@ -43,6 +44,26 @@ class FakeMode(FakeTensorMode):
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.__dict__.update(self._attributes[device])
         return made
+
+    def remember(self, fake: Tensor, source: Tensor) -> None:
+        """Keep the data of a tensor that no cut changes: one of integers or truth values, or a single number."""
+        if source.is_floating_point() and source.numel() != 1:
+            return
+        data = data_of(source)
+        if data is not None and isinstance(fake, FakeTensor):
+            self._data[id(fake)] = (fake, data)
+
+    def data_of(self, fake: Tensor) -> Tensor | None:
+        """Return the data that are remembered for one of this mode's tensors."""
+        return self._data[id(fake)][1] if id(fake) in self._data else None
+
+
+def data_of(tensor: Tensor) -> Tensor | None:
+    """Return a tensor that has data, or the data that the mode of a fake one remembers; ``None`` where there are none."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.fake_mode.data_of(tensor) if isinstance(tensor.fake_mode, FakeMode) else None
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    return tensor if plain and tensor.device.type != "meta" else None
 
 
 def fake_mode() -> FakeMode:
@@ -95,9 +116,11 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
                 raise TraceError(f"Parameter `{name}` has no shape yet: run the model once on a batch, then trace it.")
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = fake_parameter(parameter, mode)
+                mode.remember(memo[id(parameter)], parameter)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
+                mode.remember(memo[id(buffer)], buffer)
     try:
         return forget(_copy(model, [module for _, module in modules], memo))
     except Exception as error:

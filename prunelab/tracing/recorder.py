@@ -5,6 +5,7 @@ Flows in: a fake model and a rule for operators.  Flows out: a tape of calls, an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
 from prunelab.tracing.axes import Axis, freeze, leaf, unify
+from prunelab.tracing.blame import failed
+from prunelab.tracing.blame import first_line as first_line
+from prunelab.tracing.known import Known, asks
 from prunelab.tracing.shortcut import Shortcut
 
 
@@ -165,6 +169,7 @@ class Recorder(TorchDispatchMode):
         self.visited: dict[str, int] = {}
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
+        self._known = Known(shortcut.mode)
         self._stack: list[str] = []
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
@@ -192,6 +197,9 @@ class Recorder(TorchDispatchMode):
         """Return the axes of a tensor; one that the tracer never saw is a constant of the code."""
         if id(tensor) not in self._dims:
             where = f"a constant in `{self.module or type(self.model).__name__}`"
+            held = held_as(self.model, tensor)
+            if held is not None:
+                where = f"`{held}` is a plain tensor, which no cut changes; register_buffer makes it part of the model"
             self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
         return self._dims[id(tensor)]
 
@@ -210,19 +218,57 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
-        call = Call(self, func, args, kwargs, self._run(func, args, kwargs))
-        out = call.out
+        answered = self._answer(func, args, kwargs) if asks(func) else None
+        if answered is None:
+            out = self._run(func, args, kwargs)
+        else:
+            args, out = answered
+        call = Call(self, func, args, kwargs, out)
+        self._known.note(func, args, kwargs, call.tensors, call.outputs)
         if not call.outputs:
             return out
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.visited.setdefault(self._names[id(tensor)], len(self.visited))
         computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
-        for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
+        for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
         return out
+
+    def _rule(self, call: Call) -> list[Dims]:
+        """Return the dimensions of a call's outputs; where the rule fails, nothing that it touches may be cut."""
+        try:
+            found = self.rule(call)
+            sizes = [[dim.size for dim in dims] for dims in found]
+            if sizes == [list(tensor.shape) for tensor in call.outputs]:
+                return found
+            problem = f"it gives {sizes} instead of {[list(tensor.shape) for tensor in call.outputs]}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        why = f"prunelab's rule for {call.where} failed ({problem})"
+        warnings.warn(f"{why}, so that nothing it touches can be pruned; please report it.", stacklevel=2)
+        for tensor in call.tensors:
+            for dim in self.dims(tensor):
+                freeze(dim.axis, why)
+        return [[Dim(leaf(size, why)) for size in tensor.shape] for tensor in call.outputs]
+
+    def _answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Any] | None:
+        """Return the arguments and the result of an operator that looks at the values of constants.
+
+        What the code learns from them it would not learn from a cut constant, so they stay whole.  What it learns of
+        data that are whole is the same at any size.
+        """
+        given = tensors_in([*args, *kwargs.values()])
+        answered = self._known.answer(func, args, kwargs, given)
+        if answered is None or (isinstance(answered[1], bool) and self._known.guards(given)):
+            return answered
+        looked = [tensor for tensor in given if self._known.knows(tensor)]
+        for tensor in self._known.sources(looked):
+            for dim in self.dims(tensor):
+                freeze(dim.axis, f"code in `{self.module or type(self.model).__name__}` looks at its values")
+        return answered
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""
@@ -232,10 +278,9 @@ class Recorder(TorchDispatchMode):
             try:
                 out = func(*args, **kwargs)
             except Exception as error:
-                raise TraceError(
-                    f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
-                    f"failed on tensors without data: {first_line(error)}"
-                ) from error
+                name = func._schema.name.removeprefix("aten::")
+                why = failed(self.model, error, self.module, name)
+                raise TraceError(f"{type(self.model).__name__} cannot be traced: {why}") from error
             if key is not None:
                 self.shortcut.remember(key, func, args, kwargs, out)
         return out
@@ -245,9 +290,13 @@ def _parametric(dims: Dims) -> bool:
     return not dims or any(dim.origins for dim in dims)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def held_as(model: nn.Module, tensor: Tensor) -> str | None:
+    """Return the name of the attribute that holds a tensor which is no parameter and no buffer."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if value is tensor:
+                return f"{path}.{name}" if path else name
+    return None
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

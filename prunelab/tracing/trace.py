@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from prunelab.errors import TraceError
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
+from prunelab.tracing.blame import failed
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
 from prunelab.tracing.named import covered
-from prunelab.tracing.recorder import Dim, Op, Recorder, first_line
+from prunelab.tracing.recorder import Dim, Op, Recorder
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
 
@@ -234,11 +235,8 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
     except TraceError:
         raise
     except Exception as error:
-        where = f"in `{recorder.module}`" if recorder.module else "in its forward"
-        raise TraceError(
-            f"{type(copy).__name__} cannot be traced: {where}: {first_line(error)}. "
-            "Check the example inputs; code that looks at values cannot run on tensors without data."
-        ) from error
+        why = failed(copy, error, recorder.module)
+        raise TraceError(f"{type(copy).__name__} cannot be traced: {why}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         log.disabled = quiet

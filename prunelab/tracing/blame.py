@@ -1,0 +1,111 @@
+"""Whose fault it is when a run on tensors without data fails, in one sentence that says what to do.
+
+Flows in: an error, and where the run was.  Flows out: a message for a ``TraceError`` or ``PlanError``, with the line of
+the user's code.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+_OURS = str(Path(__file__).parent.parent)
+_RUNS = (str(Path(_OURS, "tracing")), str(Path(_OURS, "replay")))
+_OTHERS = (str(Path(torch.__file__).parent), *_RUNS)
+"""Where code lives that no user wrote."""
+
+REMEDY = (
+    "Put that line behind a flag that is off while you trace and cut, or trace a part of the model that does without "
+    "it. Tests with isnan, isinf and isfinite may stay."
+)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def looks_at_values(error: BaseException) -> bool:
+    """Tell whether code failed since it wanted the values of a tensor that has none."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text for part in (".numpy() is not supported", "data pointer of FakeTensor", ".tolist() is not supported")
+    )
+
+
+def failed(model: torch.nn.Module, error: BaseException, module: str, operator: str | None = None) -> str:
+    """Return why a model cannot run on tensors without data.
+
+    Args:
+        model: what ran.
+        error: what was raised.
+        module: qualified name of the module that ran.
+        operator: the operator that failed; ``None`` where it was none.
+    """
+    where = f"in `{module}`" if module else f"in the forward of {type(model).__name__}"
+    line = _running_line() if error.__traceback__ is None or operator else _raising_line(error.__traceback__)
+    if line:
+        where += f" ({line})"
+    call = f"`{operator}`" if operator else "its code"
+    if looks_at_values(error):
+        return f"{call} {where} needs the values of a tensor, and there are only shapes here. {REMEDY}"
+    if isinstance(error, (UnsupportedOperatorException, NotImplementedError)) and operator:
+        return (
+            f"PyTorch does not know the shape of what {call} {where} returns. "
+            "Register it with torch.library.register_fake."
+        )
+    if operator is None and _is_ours(error.__traceback__):
+        return f"prunelab itself failed {where} with {type(error).__name__}: {first_line(error)}. Please report it."
+    name = f"{type(error).__name__}: " if operator is None else ""
+    return f"{call} {where} failed: {name}{first_line(error)}. Check that the model runs on inputs of these shapes."
+
+
+def _running_line() -> str:
+    """Return the innermost line of the user's code that runs now, the model's own at most."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_RUNS) and frame.f_code.co_name == "_run" and "copy" in frame.f_locals:
+            return ""
+        if not _is_skipped(name):
+            return _line(name, frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
+def _raising_line(trace: TracebackType) -> str:
+    """Return the innermost line of the user's code that an error went through."""
+    found = ""
+    step: TracebackType | None = trace
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        found = found if _is_skipped(name) else _line(name, step.tb_lineno)
+        step = step.tb_next
+    return found
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(_OTHERS) or (name.startswith("<") and not linecache.getlines(name))
+
+
+def _line(name: str, number: int) -> str:
+    text = linecache.getline(name, number).strip()
+    return f"{Path(name).name}, line {number}" + (f": `{text}`" if text else "")
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    """Tell whether an error was raised by code of ours."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_RUNS)
