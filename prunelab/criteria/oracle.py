@@ -6,7 +6,6 @@ criteria estimate.  It is the truth for one unit at a time, no more: units that 
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import KeptNorms, _norms
-from prunelab.tracing.fakes import forget
+from prunelab.tracing.fakes import copied, forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 
@@ -97,7 +96,7 @@ def loss_changes(
         if name not in groups or not all(0 <= unit < groups[name].size for unit in chosen):
             raise PlanError(f"Cannot silence units {list(chosen)} of group `{name}`: the model has no such units.")
     batches = batches.batches if isinstance(batches, Statistics) else batches
-    model = forget(copy.deepcopy(graph.model)).eval()
+    model = forget(copied(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
     seen = 0

@@ -5,7 +5,6 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from prunelab.planning.plan import Plan
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
+from prunelab.surgery.unused import warn_of_unused
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.groups import VIEWS
@@ -74,9 +74,10 @@ def apply(
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
     fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-    target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
+    target = free(fakes.forget(model if inplace else fakes.copied(model)), touched)
     _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
+    warn_of_unused(model, graph, kept.size)
     return target
 
 

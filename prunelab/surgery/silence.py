@@ -6,7 +6,6 @@ statistics over the kept entries only.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
-from prunelab.tracing.fakes import forget
+from prunelab.tracing.fakes import copied, forget
 from prunelab.tracing.trace import DependencyGraph
 
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
@@ -40,7 +39,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the model.
     """
     graph, kept = open_plan(model, plan)
-    silent = forget(copy.deepcopy(model))
+    silent = forget(copied(model))
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
         for name, place, mask in masks(graph, kept):

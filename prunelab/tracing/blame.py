@@ -23,10 +23,12 @@ _RUNS = (str(Path(_OURS, "tracing")), str(Path(_OURS, "replay")))
 _OTHERS = (str(Path(torch.__file__).parent), *_RUNS)
 """Where code lives that no user wrote."""
 
-REMEDY = (
-    "Put that line behind a flag that is off while you trace and cut, or trace a part of the model that does without "
+_APART = (
+    "put that line behind a flag that is off while you trace and cut, or trace a part of the model that does without "
     "it. Tests with isnan, isinf and isfinite may stay."
 )
+_SAYS = (".numpy() is not supported", ".tolist() is not supported", "data pointer of FakeTensor", "data_ptr")
+_NAMES = {"_local_scalar_dense": "item"}
 
 
 def first_line(error: BaseException) -> str:
@@ -40,7 +42,8 @@ def looks_at_values(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(
-        part in text for part in (".numpy() is not supported", "data pointer of FakeTensor", ".tolist() is not supported")
+        part in text
+        for part in (".numpy() is not supported", "data pointer of FakeTensor", ".tolist() is not supported")
     )
 
 
@@ -53,22 +56,39 @@ def failed(model: torch.nn.Module, error: BaseException, module: str, operator: 
         module: qualified name of the module that ran.
         operator: the operator that failed; ``None`` where it was none.
     """
-    where = f"in `{module}`" if module else f"in the forward of {type(model).__name__}"
-    line = _running_line() if error.__traceback__ is None or operator else _raising_line(error.__traceback__)
-    if line:
-        where += f" ({line})"
-    call = f"`{operator}`" if operator else "its code"
+    module = module or _module_of(error.__traceback__, model)
+    line = _running_line() if operator else _raising_line(error.__traceback__)
+    place = f" ({line})" if line else ""
+    if operator is None:
+        what = f"the code of `{module}`{place}" if module else f"its forward{place}"
+    else:
+        what = f"`{_NAMES.get(operator, operator)}` in " + (f"`{module}`{place}" if module else f"its forward{place}")
+    if isinstance(error, DynamicOutputShapeException):
+        return (
+            f"{what} gives a tensor whose shape depends on values, and there are only shapes here. Use torch.where or "
+            f"multiply by the mask, or {_APART}"
+        )
     if looks_at_values(error):
-        return f"{call} {where} needs the values of a tensor, and there are only shapes here. {REMEDY}"
+        return f"{what} needs the values of a tensor, and there are only shapes here. Decide by shapes, or {_APART}"
     if isinstance(error, (UnsupportedOperatorException, NotImplementedError)) and operator:
         return (
-            f"PyTorch does not know the shape of what {call} {where} returns. "
-            "Register it with torch.library.register_fake."
+            f"PyTorch does not know the shape of what {what} returns. "
+            "Tell it with torch.library.register_fake, or trace a part of the model that does without it."
         )
     if operator is None and _is_ours(error.__traceback__):
-        return f"prunelab itself failed {where} with {type(error).__name__}: {first_line(error)}. Please report it."
+        return f"prunelab itself failed at {what} with {type(error).__name__}: {first_line(error)}. Please report it."
     name = f"{type(error).__name__}: " if operator is None else ""
-    return f"{call} {where} failed: {name}{first_line(error)}. Check that the model runs on inputs of these shapes."
+    return f"{what} failed: {name}{first_line(error)}. Check that the model runs on the example inputs."
+
+
+def _module_of(trace: TracebackType | None, model: torch.nn.Module) -> str:
+    """Return the innermost module whose code an error went through, ``""`` for the model itself."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
 
 
 def _running_line() -> str:
@@ -84,14 +104,15 @@ def _running_line() -> str:
     return ""
 
 
-def _raising_line(trace: TracebackType) -> str:
+def _raising_line(trace: TracebackType | None) -> str:
     """Return the innermost line of the user's code that an error went through."""
     found = ""
-    step: TracebackType | None = trace
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        found = found if _is_skipped(name) else _line(name, step.tb_lineno)
-        step = step.tb_next
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name.startswith(_RUNS) and trace.tb_frame.f_code.co_name == "_run":
+            found = ""  # up to here it was not the model's code
+        found = found if _is_skipped(name) else _line(name, trace.tb_lineno)
+        trace = trace.tb_next
     return found
 
 

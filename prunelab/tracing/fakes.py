@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
+from prunelab.tracing.outputs import tensors_of
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
 
@@ -59,7 +61,7 @@ class FakeMode(FakeTensorMode):
 
 
 def data_of(tensor: Tensor) -> Tensor | None:
-    """Return a tensor that has data, or the data that the mode of a fake one remembers; ``None`` where there are none."""
+    """Return a tensor with data, or what the mode of a fake one remembers of them; ``None`` if nothing is known."""
     if isinstance(tensor, FakeTensor):
         return tensor.fake_mode.data_of(tensor) if isinstance(tensor.fake_mode, FakeMode) else None
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
@@ -109,6 +111,7 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     refuse_wrapped(model)
     memo: dict[int, Any] = {}
     modules = list(model.named_modules())
+    _refuse(modules)
     for path, module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, nn.UninitializedParameter):
@@ -121,13 +124,63 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
                 mode.remember(memo[id(buffer)], buffer)
+    memo |= {id(tensor): tensor.detach() for tensor in _computed(modules) if id(tensor) not in memo}
     try:
         return forget(_copy(model, [module for _, module in modules], memo))
     except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied, which tracing and surgery need: {error}. "
-            "Keep locks, loaders and open files outside the model."
-        ) from error
+        raise _uncopied(model, error) from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return ``copy.deepcopy(model)``; results that the model keeps in attributes are copied without their history.
+
+    Raises:
+        TraceError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    with torch.no_grad():
+        for tensor in _computed(model.named_modules()):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise _uncopied(model, error) from error
+
+
+def _computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
+    """Return the tensors with a history that modules keep, which PyTorch does not copy."""
+    found = []
+    for _, module in modules:
+        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_modules")}
+        found += [tensor for tensor in tensors_of(own) if not tensor.is_leaf]
+    return found
+
+
+def _uncopied(model: nn.Module, error: Exception) -> TraceError:
+    reason = str(error).strip().rstrip(".") or type(error).__name__
+    return TraceError(
+        f"{type(model).__name__} cannot be copied, which tracing and surgery need: {reason}. "
+        "Keep locks, loaders and open files outside the model, and detach tensors that it keeps."
+    )
+
+
+def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse modules that no trace can follow."""
+    for name, module in modules:
+        where = f"Module `{name}`" if name else f"{type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where} is scripted (torch.jit), so its code cannot be traced: "
+                "trace and cut the model before it is scripted, then script the cut one."
+            )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                path = f'model.get_submodule("{name}")' if name else "model"
+                attribute = hook._tensor_name
+                raise TraceError(
+                    f"{where} has a mask on `{attribute}` from torch.nn.utils.prune: write the zeros into the weights "
+                    f'first, with prune.remove({path}, "{attribute}").'
+                )
 
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}

@@ -169,6 +169,8 @@ class Known:
             return self._index(func, *args)
         if not self._sound(given):
             return None
+        if name == "aten::masked_select" and not self.knows(args[0]):
+            return self._masked_select(args)
         if not all(self.knows(tensor) for tensor in given):
             return None
         self._catch_up()
@@ -204,6 +206,16 @@ class Known:
                 places = [place.contiguous() for place in mask.nonzero().unbind(1)]
             numbers += [self._fake(place, tensor.device) for place in places]
         return (tensor, numbers), func(tensor, numbers)
+
+    def _masked_select(self, args: tuple) -> tuple[tuple, Any] | None:
+        tensor, mask = args
+        data = self.value(mask)
+        if data is None:
+            return None
+        shape = torch.broadcast_shapes(tensor.shape, mask.shape)
+        with torch._C._DisableTorchDispatch():
+            like = torch.empty(int(data.expand(shape).sum()), dtype=tensor.dtype, device="meta")
+        return args, self.mode.make(like, tensor.device)
 
     def _fake(self, value: Tensor, device: torch.device) -> Tensor:
         with torch._C._DisableTorchDispatch():
@@ -287,7 +299,9 @@ class Known:
                         return True
                 continue
             for step in self._made_by.get(id(tensor), []):
-                if any(isinstance(value, float) and math.isinf(value) for value in tree_leaves((step.args, step.kwargs))):
+                if any(
+                    isinstance(value, float) and math.isinf(value) for value in tree_leaves((step.args, step.kwargs))
+                ):
                     return True
                 name = step.func._schema.name
                 if "attention" not in name and name not in _BOUNDED:

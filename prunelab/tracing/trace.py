@@ -25,6 +25,7 @@ from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.blame import failed
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
 from prunelab.tracing.named import covered
+from prunelab.tracing.outputs import result_tensors
 from prunelab.tracing.recorder import Dim, Op, Recorder
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
@@ -205,7 +206,7 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
         if isinstance(tensor, Tensor):
             recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
     out = _run(copy.eval(), args, kwargs, mode, recorder)
-    results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+    results = result_tensors(out)
     if not results:
         raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
     if any(name not in recorder.visited for name in recorder.learned):
@@ -262,4 +263,4 @@ def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, reco
         return []
     finally:
         recorder.flops = flops
-    return [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+    return result_tensors(out)

@@ -1,0 +1,41 @@
+"""Parameters that the trace never met: other code may run them on what a cut makes narrower."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import nn
+
+from prunelab.tracing.axes import Axis
+from prunelab.tracing.groups import module_of
+from prunelab.tracing.trace import DependencyGraph
+
+
+def warn_of_unused(model: nn.Module, graph: DependencyGraph, kept_size: Callable[[Axis], int]) -> None:
+    """Warn of parameters that no operator used in the trace and that are as wide as something that is cut.
+
+    A second entry point (``model.embed``) or an optional input may run them; they keep their size.
+
+    Args:
+        model: what is cut.
+        graph: of the whole model.
+        kept_size: how many entries of an axis stay.
+    """
+    learned = {name for name, _ in model.named_parameters()}
+    cut = {dim.size for dims in graph.dims.values() for dim in dims if kept_size(dim.axis) != dim.size}
+    found: dict[str, int] = {}
+    for name, dims in graph.dims.items():
+        if name in learned and name not in graph.visited:
+            for dim in dims:
+                if dim.size in cut and dim.size > 1:
+                    found.setdefault(module_of(name) or name, dim.size)
+    if found:
+        names = ", ".join(f"`{name}`" for name in list(found)[:3]) + (" and others" if len(found) > 3 else "")
+        widths = ", ".join(str(width) for width in sorted(set(found.values())))
+        warnings.warn(
+            f"{names} did not run in the trace, so the size stays, but a width of {widths} is cut elsewhere in "
+            f"{type(model).__name__}: if other code or another input runs them, they may no longer fit. Trace with "
+            "an input or a forward that runs them, or ignore the layers that feed them.",
+            stacklevel=4,
+        )
