@@ -151,8 +151,9 @@ def _computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
     """Return the tensors with a history that modules keep, which PyTorch does not copy."""
     found = []
     for _, module in modules:
-        own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_modules")}
-        found += [tensor for tensor in tensors_of(own) if not tensor.is_leaf]
+        own = [value for key, value in vars(module).items() if key not in ("_parameters", "_modules")]
+        held = [value for value in own if type(value) not in _IMMUTABLE and not (type(value) in _STORES and not value)]
+        found += [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
     return found
 
 
@@ -185,6 +186,7 @@ def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}
 _IMMUTABLE |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
+_STORES = {dict, OrderedDict, list, tuple, set}
 
 
 def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:

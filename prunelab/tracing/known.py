@@ -58,15 +58,21 @@ def asks(func: Any) -> bool:
     return any(tag in func.tags for tag in _ASKS)
 
 
-@cache
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in returns)
+class _Kind(NamedTuple):
+    """What an operator does: views share memory, and what is random is never known."""
+
+    view: bool
+    writes: bool
+    random: bool
+    tests: bool
 
 
 @cache
-def _guard_value(func: Any) -> bool | None:
-    return _GUARDS.get(func._schema.name.removeprefix("aten::"))
+def _kind(func: Any) -> _Kind:
+    returns, name = func._schema.returns, func._schema.name.removeprefix("aten::")
+    view = any(result.alias_info is not None and not result.alias_info.is_write for result in returns)
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    return _Kind(view, func._schema.is_mutable, random, name in _GUARDS or name in ("eq", "ne"))
 
 
 class Known:
@@ -91,14 +97,16 @@ class Known:
     def knows(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was made from constants alone."""
         key = id(tensor)
-        if key not in self._roots and not self._meet(tensor):
-            return False
-        return self._roots[key] not in self._unknown
+        root = self._roots.get(key)
+        if root is None:
+            return key not in self._made_by and self._meet(tensor)
+        return root not in self._unknown
 
     def _meet(self, tensor: Tensor) -> bool:
         """Take in a tensor that no operator made: one with data, or the fake of a buffer whose data are at hand."""
         data = self.mode.data_of(tensor) if isinstance(tensor, FakeTensor) else data_of(tensor)
         if data is None or data.numel() > LIMIT:
+            self._made_by[id(tensor)] = [_Step(None, (), {}, [tensor], [])]
             return False
         self._remember(tensor, id(tensor), [])
         self._values[id(tensor)] = data
@@ -112,21 +120,21 @@ class Known:
 
     def note(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor]) -> None:
         """Follow one call: what went in and what came out are the tensors ``given`` and ``made``."""
-        written = func._schema.is_mutable
-        known = all(self.knows(tensor) for tensor in given) and torch.Tag.nondeterministic_seeded not in func.tags
+        kind = _kind(func)
         step = _Step(func, args, kwargs, made, given)
-        if known and (_is_view(func) or written or all(tensor.numel() <= LIMIT for tensor in made)):
-            for tensor in made:
-                if id(tensor) not in self._roots:
-                    root = self._roots[id(given[0])] if _is_view(func) and given else id(tensor)
-                    self._remember(tensor, root, given)
-            self._pending.append(step)
-            return
-        if written:
+        if all(map(self.knows, given)) and not kind.random:
+            if kind.view or kind.writes or all(tensor.numel() <= LIMIT for tensor in made):
+                for tensor in made:
+                    if id(tensor) not in self._roots:
+                        root = self._roots[id(given[0])] if kind.view and given else id(tensor)
+                        self._remember(tensor, root, given)
+                self._pending.append(step)
+                return
+        if kind.writes:
             self._forget(step)
         for tensor in made:
             self._made_by.setdefault(id(tensor), []).append(step)
-        if made and made[0].dtype is torch.bool:
+        if kind.tests:
             self._note_guard(step)
 
     def _forget(self, step: _Step) -> None:
@@ -143,7 +151,7 @@ class Known:
         """Note a test for broken data: ``isnan(x)``, ``isinf(x)``, and what ``isfinite`` and ``x != x`` are made of."""
         func, args = step.func, step.args
         tested, made = step.given[0] if step.given else None, step.made[0]
-        value, infinity = _guard_value(func), func._schema.name != "aten::isnan"
+        value, infinity = _GUARDS.get(func._schema.name.removeprefix("aten::")), func._schema.name != "aten::isnan"
         if func._schema.name in ("aten::eq", "aten::ne") and len(args) == 2:
             different = func._schema.name == "aten::ne"
             if args[0] is args[1]:

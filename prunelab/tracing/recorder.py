@@ -20,6 +20,7 @@ from prunelab.tracing.axes import Axis, freeze, leaf, unify
 from prunelab.tracing.blame import failed
 from prunelab.tracing.blame import first_line as first_line
 from prunelab.tracing.known import Known, asks
+from prunelab.tracing.outputs import tensors_of
 from prunelab.tracing.shortcut import Shortcut
 
 
@@ -38,6 +39,8 @@ class Dim(NamedTuple):
 
 
 Dims = list[Dim]
+
+_STORES = ("_parameters", "_buffers", "_modules")
 
 
 @cache
@@ -197,8 +200,8 @@ class Recorder(TorchDispatchMode):
         """Return the axes of a tensor; one that the tracer never saw is a constant of the code."""
         if id(tensor) not in self._dims:
             where = f"a constant in `{self.module or type(self.model).__name__}`"
-            held = held_as(self.model, tensor)
-            if held is not None:
+            held = None if isinstance(tensor, FakeTensor) else held_as(self.model, tensor)
+            if held is not None and tensor.is_floating_point():
                 where = f"`{held}` is a plain tensor, which no cut changes; register_buffer makes it part of the model"
             self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
         return self._dims[id(tensor)]
@@ -241,10 +244,9 @@ class Recorder(TorchDispatchMode):
         """Return the dimensions of a call's outputs; where the rule fails, nothing that it touches may be cut."""
         try:
             found = self.rule(call)
-            sizes = [[dim.size for dim in dims] for dims in found]
-            if sizes == [list(tensor.shape) for tensor in call.outputs]:
+            if [len(dims) for dims in found] == [tensor.dim() for tensor in call.outputs]:
                 return found
-            problem = f"it gives {sizes} instead of {[list(tensor.shape) for tensor in call.outputs]}"
+            problem = f"it gives {[len(dims) for dims in found]} dimensions"
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
         why = f"prunelab's rule for {call.where} failed ({problem})"
@@ -294,7 +296,7 @@ def held_as(model: nn.Module, tensor: Tensor) -> str | None:
     """Return the name of the attribute that holds a tensor which is no parameter and no buffer."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if value is tensor:
+            if name not in _STORES and any(part is tensor for part in tensors_of(value)):
                 return f"{path}.{name}" if path else name
     return None
 
