@@ -217,6 +217,8 @@ class _Recording(TorchDispatchMode):
         strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
         given = tensors_in([*args, *kwargs.values()])
         answered = self.known.answer(func, args, kwargs, given) if asks(func) else None
+        if answered is not None and not isinstance(answered[1], Tensor):
+            self.refuse_weights(given)
         try:
             out = func(*args, **kwargs) if answered is None else answered[1]
         except Exception as error:
@@ -226,6 +228,13 @@ class _Recording(TorchDispatchMode):
         if not self.paused:
             self.write(func, args, kwargs, out, strides)
         return out
+
+    def refuse_weights(self, looked: list[Tensor]) -> None:
+        """Refuse code that looks at a weight: in a graph its value would never change again."""
+        for tensor in self.known.sources(looked):
+            ref = self._refs.get(id(tensor))
+            if ref is not None and ref.kind == "tensor" and tensor.is_floating_point():
+                raise PlanError(f"its code looks at the value of `{ref.key}`, which a graph would keep for ever")
 
     def write(self, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()) -> None:
         """Add a row, if the call returned tensors."""

@@ -24,7 +24,7 @@ _OTHERS = (str(Path(torch.__file__).parent), *_RUNS)
 """Where code lives that no user wrote."""
 
 _APART = (
-    "put that line behind a flag that is off while you trace and cut, or trace a part of the model that does without "
+    "put that code behind a flag that is off while you trace and cut, or trace a part of the model that does without "
     "it. Tests with isnan, isinf and isfinite may stay."
 )
 _SAYS = (".numpy() is not supported", ".tolist() is not supported", "data pointer of FakeTensor", "data_ptr")

@@ -13,7 +13,6 @@ everywhere, ``isfinite`` to be true.  Such a check never changes which slices be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,32 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.tracing.fakes import FakeMode, data_of
+from prunelab.tracing.finite import TESTS, Guard, Step, guard_in, writes_infinities
 
 LIMIT = 1 << 24
 """A tensor with more entries than this is never computed: 64 MiB in single precision."""
 
 _ASKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-_GUARDS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False, "isfinite": True}
-_BOUNDED = {f"aten::{name}" for name in ("_softmax", "_safe_softmax", "sigmoid", "tanh", "nan_to_num")}
-"""What these return is finite even where they are given infinities, as masks of attention are."""
 _EMPTY = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
-
-
-class _Step(NamedTuple):
-    """One call of an operator, with the tensors that it was given and those that it returned."""
-
-    func: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    made: list[Tensor]
-    given: list[Tensor]
-
-
-class _Guard(NamedTuple):
-    """A test for broken data, of a tensor without data."""
-
-    tested: Tensor
-    infinity: bool
 
 
 @cache
@@ -72,7 +52,7 @@ def _kind(func: Any) -> _Kind:
     returns, name = func._schema.returns, func._schema.name.removeprefix("aten::")
     view = any(result.alias_info is not None and not result.alias_info.is_write for result in returns)
     random = torch.Tag.nondeterministic_seeded in func.tags
-    return _Kind(view, func._schema.is_mutable, random, name in _GUARDS or name in ("eq", "ne"))
+    return _Kind(view, func._schema.is_mutable, random, name in TESTS or name in ("eq", "ne"))
 
 
 class Known:
@@ -90,23 +70,24 @@ class Known:
         self._unknown: set[int] = set()  # roots that something unknown was written to
         self._values: dict[int, Tensor] = {}
         self._borrowed: set[int] = set()  # whose values are the model's own
-        self._pending: list[_Step] = []
-        self._guards: dict[int, _Guard] = {}
-        self._made_by: dict[int, list[_Step]] = {}
+        self._pending: list[Step] = []
+        self._guards: dict[int, Guard] = {}
+        self._unmet: dict[int, Tensor] = {}
+        self._made_by: dict[int, list[Step]] = {}
 
     def knows(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was made from constants alone."""
         key = id(tensor)
         root = self._roots.get(key)
         if root is None:
-            return key not in self._made_by and self._meet(tensor)
+            return key not in self._made_by and key not in self._unmet and self._meet(tensor)
         return root not in self._unknown
 
     def _meet(self, tensor: Tensor) -> bool:
         """Take in a tensor that no operator made: one with data, or the fake of a buffer whose data are at hand."""
         data = self.mode.data_of(tensor) if isinstance(tensor, FakeTensor) else data_of(tensor)
         if data is None or data.numel() > LIMIT:
-            self._made_by[id(tensor)] = [_Step(None, (), {}, [tensor], [])]
+            self._unmet[id(tensor)] = tensor
             return False
         self._remember(tensor, id(tensor), [])
         self._values[id(tensor)] = data
@@ -121,15 +102,15 @@ class Known:
     def note(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor]) -> None:
         """Follow one call: what went in and what came out are the tensors ``given`` and ``made``."""
         kind = _kind(func)
-        step = _Step(func, args, kwargs, made, given)
-        if all(map(self.knows, given)) and not kind.random:
-            if kind.view or kind.writes or all(tensor.numel() <= LIMIT for tensor in made):
-                for tensor in made:
-                    if id(tensor) not in self._roots:
-                        root = self._roots[id(given[0])] if kind.view and given else id(tensor)
-                        self._remember(tensor, root, given)
-                self._pending.append(step)
-                return
+        step = Step(func, args, kwargs, made, given)
+        small = kind.view or kind.writes or all(tensor.numel() <= LIMIT for tensor in made)
+        if small and not kind.random and all(map(self.knows, given)):
+            for tensor in made:
+                if id(tensor) not in self._roots:
+                    root = self._roots[id(given[0])] if kind.view and given else id(tensor)
+                    self._remember(tensor, root, given)
+            self._pending.append(step)
+            return
         if kind.writes:
             self._forget(step)
         for tensor in made:
@@ -137,7 +118,7 @@ class Known:
         if kind.tests:
             self._note_guard(step)
 
-    def _forget(self, step: _Step) -> None:
+    def _forget(self, step: Step) -> None:
         """Make unknown what an operator writes to."""
         arguments = step.func._schema.arguments
         named = {a.name: value for a, value in zip(arguments, step.args, strict=False)} | step.kwargs
@@ -147,23 +128,17 @@ class Known:
                     if isinstance(tensor, Tensor) and self.knows(tensor):
                         self._unknown.add(self._roots[id(tensor)])
 
-    def _note_guard(self, step: _Step) -> None:
-        """Note a test for broken data: ``isnan(x)``, ``isinf(x)``, and what ``isfinite`` and ``x != x`` are made of."""
-        func, args = step.func, step.args
-        tested, made = step.given[0] if step.given else None, step.made[0]
-        value, infinity = _GUARDS.get(func._schema.name.removeprefix("aten::")), func._schema.name != "aten::isnan"
-        if func._schema.name in ("aten::eq", "aten::ne") and len(args) == 2:
-            different = func._schema.name == "aten::ne"
-            if args[0] is args[1]:
-                value, infinity = not different, False
-            elif isinstance(args[1], float) and math.isinf(args[1]):
-                value = different
-        if value is None or tested is None or not tested.is_floating_point() or not made.numel():
-            return
-        self._remember(made, id(made), [])
-        with torch._C._DisableTorchDispatch():
-            self._values[id(made)] = torch.tensor(value).expand(made.shape)
-        self._guards[id(made)] = _Guard(tested, infinity)
+    def _note_guard(self, step: Step) -> None:
+        """Take a test for broken data to say that there are none."""
+        guard = guard_in(step)
+        if guard is not None:
+            made = step.made[0]
+            self._remember(made, id(made), [])
+            with torch._C._DisableTorchDispatch():
+                self._values[id(made)] = torch.tensor(guard.value).expand(made.shape)
+            self._guards[id(made)] = guard
+            if made.numel() <= LIMIT:  # code may write to it
+                self._borrowed.add(id(made))
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,7 +150,7 @@ class Known:
         name = func._schema.name
         if name == "aten::index":
             return self._index(func, *args)
-        if not self._sound(given):
+        if not given or not self._sound(given):
             return None
         if name == "aten::masked_select" and not self.knows(args[0]):
             return self._masked_select(args)
@@ -284,34 +259,11 @@ class Known:
                 waiting += self._parents.get(id(tensor), [])
         return list(found.values())
 
-    def guards(self, tensors: Iterable[Tensor]) -> list[_Guard]:
+    def guards(self, tensors: Iterable[Tensor]) -> list[Guard]:
         """Return the tests for broken data that the given tensors were made from."""
         return [self._guards[id(tensor)] for tensor in self.sources(tensors) if id(tensor) in self._guards]
 
     def _sound(self, tensors: Iterable[Tensor]) -> bool:
-        """Tell whether every tensor that was tested for infinities is free of those that the code writes itself."""
-        return not any(guard.infinity and self._infinite(guard.tested) for guard in self.guards(tensors))
-
-    def _infinite(self, tensor: Tensor) -> bool:
-        seen: set[int] = set()
-        waiting = [tensor]
-        while waiting:
-            tensor = waiting.pop()
-            if id(tensor) in seen or not tensor.is_floating_point():
-                continue
-            seen.add(id(tensor))
-            data = self.value(tensor)
-            if data is not None:
-                with torch._C._DisableTorchDispatch():
-                    if bool(data.isinf().any()):
-                        return True
-                continue
-            for step in self._made_by.get(id(tensor), []):
-                if any(
-                    isinstance(value, float) and math.isinf(value) for value in tree_leaves((step.args, step.kwargs))
-                ):
-                    return True
-                name = step.func._schema.name
-                if "attention" not in name and name not in _BOUNDED:
-                    waiting += step.given
-        return False
+        """Tell whether what was tested for infinities is free of those that the code writes itself."""
+        tested = [guard.tested for guard in self.guards(tensors) if guard.infinity]
+        return not any(writes_infinities(tensor, self._made_by, self.value) for tensor in tested)
