@@ -6,6 +6,7 @@ network with its least costly weights removed by exact OBS steps (``prune_weight
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,6 @@ from prunelab.curvature import exact
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
-from prunelab.tracing.fakes import copied
 
 FISHERS = ("empirical", "mc", "ggn", "hessian")
 
@@ -74,7 +74,7 @@ def prune_weights(
     if unknown or not chosen:
         raise PlanError(f"{type(model).__name__} has no parameter `{(unknown or ['weight'])[0]}` that could be pruned.")
     among = torch.cat([torch.full((value.numel(),), name in chosen) for name, value in parameters.items()])
-    total, kept, out = int(among.sum()), torch.ones(len(among), dtype=torch.bool), copied(model)
+    total, kept, out = int(among.sum()), torch.ones(len(among), dtype=torch.bool), copy.deepcopy(model)
     goal = total - max(round(density * total), 1)
     for step in range(steps):
         weights, inverse = bowl(out, batches, fisher=fisher, damping=damping, loss=loss, seed=seed, kept=kept)

@@ -6,6 +6,7 @@ Flows in: a model and the ``EigenScores`` of EigenDamage.  Flows out: a model of
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -102,7 +103,7 @@ def factorize(
     damage = sum(choice.damage for choice in choices.values())
     budget: dict[str, Any] = {"asked": {kind: share}, "per": per, "criterion": scores.criterion, "damage": damage}
     note = Factorized(tuple(narrowed), train_rotations, budget, dense)
-    target = build(model if inplace else fakes.copied(model), note, scores.layers)
+    target = build(model if inplace else copy.deepcopy(model), note, scores.layers)
     made = _cost(target, inputs)
     budget["kept"] = {"flops": made.flops / whole.flops, "params": made.params / whole.params}
     if budget["kept"][kind] > share * (1 + 1e-9):

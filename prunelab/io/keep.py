@@ -6,6 +6,7 @@ from it and a fresh unpruned model, the same model again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from prunelab.io import header, steps
 from prunelab.io.atomic import replacing
 from prunelab.io.header import Header
 from prunelab.surgery.apply import PLANS
-from prunelab.tracing.fakes import copied
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -70,7 +70,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     if getattr(model, PLANS, []):
         raise DataError(f"This {type(model).__name__} is pruned already: load {path} into a fresh, unpruned one.")
     made = f"it was saved from a {about.name[:100]}, this is a {type(model).__name__}"
-    out = copied(model)
+    out = copy.deepcopy(model)
     try:
         _raise(_other_types(_state(model), tensors))  # now, since steps would fail for reasons that are harder to read
         for step in known:

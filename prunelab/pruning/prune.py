@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -162,7 +163,7 @@ def prune(
                     if made.cuts:
                         small = apply(current, made, compensate=refit)
                     else:  # the user's own model is not to be fine-tuned
-                        small = fakes.copied(current) if current is model else current
+                        small = copy.deepcopy(current) if current is model else current
                 current = weights_of_rank_0(_settled(small) if kept else small, data)
                 report.plans.append(made)
                 record(step, CUT)

@@ -9,6 +9,7 @@ Flows in: a model and a report after every stage.  Flows out: the same again in 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -26,7 +27,6 @@ from prunelab.io.atomic import replacing
 from prunelab.io.header import checksum
 from prunelab.pruning.report import Report
 from prunelab.surgery.apply import PLANS
-from prunelab.tracing.fakes import copied
 
 FORMAT = 1
 FILE = "state.json"
@@ -106,7 +106,7 @@ class State:
         if self.weights is None:
             return whole
         before: list[Any] = getattr(whole, PLANS, [])
-        fresh = copied(whole)
+        fresh = copy.deepcopy(whole)
         vars(fresh).pop(PLANS, None)
         made = load(fresh, self.folder / self.weights)
         setattr(made, PLANS, [*before, *getattr(made, PLANS, [])])

@@ -6,6 +6,7 @@ written into its weights and the masks taken off (``bake``).  Notebook 05_obs us
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from torch.nn.utils import parametrize
 from prunelab.errors import PlanError
 from prunelab.surgery.apply import PLANS
 from prunelab.surgery.modules import layer_type
-from prunelab.tracing.fakes import copied
 
 LAYERS = (
     nn.Linear,
@@ -106,7 +106,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 f"`{attribute}` of a {type(module).__name__} has a mask and another parametrization: first remove "
                 "that, with torch.nn.utils.parametrize.remove_parametrizations."
             )
-    out = model if inplace else copied(model)
+    out = model if inplace else copy.deepcopy(model)
     for module, _, attribute in list(_masked(out)):
         _own_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)

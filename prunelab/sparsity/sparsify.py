@@ -6,6 +6,7 @@ shapes.  Notebook 05_obs uses it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BudgetError, PlanError
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
-from prunelab.tracing.fakes import copied
 
 
 def sparsify(
@@ -80,7 +80,7 @@ def sparsify(
         flat = top(torch.cat([score.flatten() for score in scores.values()]), density, "all weights")
         parts = flat.split([score.numel() for score in scores.values()])
         masks = {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
-    return put_masks(model if inplace else copied(model), masks)
+    return put_masks(model if inplace else copy.deepcopy(model), masks)
 
 
 # ── which weights stay ────────────────────────────────────────────────────────────────────────────────────────────
