@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -121,6 +124,8 @@ def scaled(graph: pl.DependencyGraph, z: Tensor) -> dict[str, Tensor]:
         if group.name.endswith("head_width"):
             for member in group.members:
                 query = member.unit.clone()
+                if _normalised(graph):
+                    continue
                 fused = any(part in member.name for part in ("qkv", "in_proj"))
                 if fused:
                     query[len(query) // 3 :] = -1
@@ -129,13 +134,57 @@ def scaled(graph: pl.DependencyGraph, z: Tensor) -> dict[str, Tensor]:
     return parameters
 
 
+def _normalised(graph: pl.DependencyGraph) -> bool:
+    """Tell whether queries and keys are divided by their norms before they meet."""
+    return any(isinstance(module, SwinTransformerBlockV2) for module in graph.model.modules())
+
+
+@contextmanager
+def gated_norms(graph: pl.DependencyGraph, z: Tensor) -> Iterator[None]:
+    """Let every layer norm count each unit with its gate: mean Σzx/Σz, variance Σz(x - mean)²/Σz.
+
+    Queries and keys of cosine attention become z·q/‖z·q‖ and k/‖z·k‖.
+    """
+    starts, start, modules, widths = {}, 0, dict(graph.model.named_modules()), []
+    normalize = F.normalize
+    for group in graph.groups:
+        if group.name.endswith("head_width") and (group.members[0].unit[: len(group.members[0].unit) // 3] >= 0).any():
+            widths += [z[start : start + group.size]] * 2
+        for member in group.members:
+            owner = member.name.rpartition(".")[0]
+            if isinstance(modules[owner], nn.LayerNorm) and member.name.endswith("weight"):
+                starts[owner] = z[start : start + group.size][member.unit]
+        start += group.size
+
+    def normed(layer: nn.LayerNorm, gates: Tensor, x: Tensor) -> Tensor:
+        x = x - (gates * x).sum(-1, keepdim=True) / gates.sum()
+        return x / ((gates * x**2).sum(-1, keepdim=True) / gates.sum() + layer.eps).sqrt() * layer.weight + layer.bias
+
+    def normalized(x: Tensor, dim: int) -> Tensor:
+        gates, query = widths.pop(0), len(widths) % 2 == 1
+        found = x / (gates * x).norm(dim=dim, keepdim=True)
+        return found * gates if query else found
+
+    for name, gates in starts.items():
+        modules[name].forward = partial(normed, modules[name], gates)
+    if _normalised(graph):
+        F.normalize = normalized
+    try:
+        yield
+    finally:
+        F.normalize = normalize
+        for name in starts:
+            del modules[name].forward
+
+
 def derivatives(graph: pl.DependencyGraph, batches: list[Batch], *, second: bool = False) -> dict[str, Tensor]:
     """Return gradient, GGN, empirical Fisher and, if asked, Hessian of the mean loss in the gates, by brute force."""
     inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
     ones = torch.ones(sum(group.size for group in graph.groups), dtype=torch.float64)
 
     def logits(z: Tensor) -> Tensor:
-        return functional_call(graph.model, scaled(graph, z), (inputs,))
+        with gated_norms(graph, z):
+            return functional_call(graph.model, scaled(graph, z), (inputs,))
 
     with sdpa_kernel(SDPBackend.MATH):
         jacobian = torch.autograd.functional.jacobian(logits, ones)
@@ -200,20 +249,18 @@ def test_the_hessian_predicts_the_loss_of_a_small_step_in_all_gates():
     assert rest(0.02) / rest(0.01) == pytest.approx(8, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet", "grouped", "shared", "vit", "tokens first", "separate", "swin"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "resnet", "grouped", "shared", "vit", "tokens first", "separate", "swin", "swin v2"]
+)
 def test_a_gate_of_zero_is_a_silenced_unit(name):
-    """Everywhere but for units that a norm over units sees: it takes its statistics from what is left."""
     graph, batches = make(name)
     inputs, start = batches[0][0], 0
     gates = Gates(graph, inputs)
-    normed = ("norm", "features.0.2") if name in ("vit", "swin") else ()
     for group in graph.groups:
         unit = group.size - 1
         z = torch.ones(gates.size).double()
         z[start + unit] = 0
         start += group.size
-        if any(part in member.name for member in group.members for part in normed):
-            continue
         cut = Cut(group.name, group.size, (unit,), tuple((member.name, member.dim) for member in group.members))
         with torch.no_grad():
             wanted = pl.masked(graph.model, pl.Plan((cut,), graph.inputs))(inputs)

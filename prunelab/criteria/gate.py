@@ -102,12 +102,12 @@ class Gate(Criterion):
             BatchError: as for a call.
         """
         batches = batches.batches if isinstance(batches, Statistics) else batches
-        gates, seen = None, 0
+        seen = 0
         sums: list[Tensor] = []
         with evaluating(graph.model):
             bar = tqdm(checked(graph.model, batches, "gate"), desc="gate", disable=not self.progress, leave=False)
             for number, (inputs, targets) in enumerate(bar):
-                gates = gates or self._gates(graph, inputs)
+                gates = self._gates(graph, inputs)
                 for found in self._sums(gates, inputs, targets, seen):
                     if not all(bool(value.isfinite().all()) for value in found):
                         raise BatchError(f"The derivatives in the gates are not finite in batch {number}.")

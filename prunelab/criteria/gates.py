@@ -1,6 +1,6 @@
 """Gates: numbers that multiply every unit of a network where it is consumed; at one nothing changes.
 
-Flows in: a dependency graph and one batch, to see how layers are called.  Flows out: ``Gates``, which run the model
+Flows in: a dependency graph and one batch, to see what the model calls.  Flows out: ``Gates``, which run the model
 with a gate for every unit, shared by all samples (``z [U]``) or one set for each (``z [B, U]``), so that one backward
 pass gives the derivative of every sample's output in every gate.  Notebook 10_oracle derives why gates.
 """
@@ -8,147 +8,255 @@ pass gives the derivative of every sample's output in every gate.  Notebook 10_o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from prunelab.batches import call as call_model
-from prunelab.curvature.taps import LayerCall, Taps
-from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
-from prunelab.tracing.groups import Group, Member
+from prunelab.errors import BatchError
+from prunelab.surgery.weighted import WEIGHTED, weighted
+from prunelab.tracing.axes import Axis
+from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, leaves_of, tensors_of
+from prunelab.tracing.groups import unit_map
 from prunelab.tracing.trace import DependencyGraph
 
 
 class Layout(NamedTuple):
-    """Where a layer's input keeps its samples: dimension ``dim``, in runs of ``inner`` rows per sample."""
+    """Where a tensor keeps its samples: dimension ``dim``, in runs of ``inner`` rows per sample."""
 
     dim: int
     inner: int
 
 
+@dataclass
+class Gated:
+    """A call that consumes units.
+
+    Attributes:
+        name: of the function.
+        operand: which of its tensors gets the gates, in the order of ``tree_leaves((args, kwargs))``.
+        places: dimension of the operand -> for each group, where each entry finds its gate among all, int64
+            ``[size]``; the last place holds a one.
+        averages: the function takes a mean or variance, in which entries count with their gates.
+        layout: where the operand keeps its samples, ``None`` if that is not known.
+    """
+
+    name: str
+    operand: int
+    places: dict[int, list[Tensor]]
+    averages: bool
+    layout: Layout | None = None
+
+
 class Gates:
     """A gate for every unit of every group, in the order of ``Scores.matrix``.
 
-    A gate multiplies the inputs of all layers that consume the unit, and nothing else, so it enters each of them once.
-    Units of attention's query and key widths are consumed by the product of the two: their gate multiplies the query
-    rows.  A group whose consumers or producers are not layers (a plain product with a parameter) has its gates on that
-    parameter.
+    A gate multiplies its unit in every call that consumes it: a layer, a product of activations such as that of queries
+    and keys, a sum.  It enters each of them once, through one tensor.  In means, variances and norms over units an
+    entry counts with its gate.  So with gates of 0 and 1 this is the network of ``prunelab.masked``.
 
     Args:
         graph: of the model; it must be in eval mode while gates run.
-        inputs: one batch, to see which layers run and in which rows each sample's numbers are.
+        inputs: the batch, to see what the model calls and in which rows each sample's numbers are.
+
+    Raises:
+        PlanError: with these inputs the model couples units otherwise than in its trace.
     """
 
     def __init__(self, graph: DependencyGraph, inputs: Any) -> None:
-        self.graph, self.model, self.parameters = graph, graph.model, dict(graph.model.named_parameters())
+        self.graph, self.model = graph, graph.model
         self.size = sum(group.size for group in graph.groups)
-        calls, self.layouts = _watch(graph, inputs)
-        kinds = {call.weight: call.kind for call in calls}
-        # weight -> where each entry of its input, or output, finds its gate among all; the last place holds a one.
-        self.consumed: dict[str, list[Tensor]] = {}
-        self.produced: dict[str, list[Tensor]] = {}
-        self.scaled: dict[str, list[tuple[int, Tensor]]] = {}
-        start = 0
-        for group in graph.groups:
-            self._place(group, start, kinds)
-            start += group.size
-        gated = [n for n, c in enumerate(calls) if c.weight in self.consumed or c.weight in self.produced]
-        self.per_sample = not self.scaled and all(self.layouts[number] for number in gated)
+        number = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        axes = RealAxes(self.model, graph)
+        learned = _Learning(axes)
+        two = take(inputs, [0, number - 1])
+        with torch.no_grad(), axes, learned:
+            call_model(self.model, two)
+        axes.check(axes.leaves)
+        self.jobs = _jobs(graph, axes, learned.calls)
+        self.names = learned.names
+        if number > 1:
+            self._find_layouts(inputs, number)
+        self.per_sample = number > 1 and all(job.layout for jobs in self.jobs.values() for job in jobs)
 
-    def _place(self, group: Group, start: int, kinds: dict[str, str]) -> None:
-        def places(unit: Tensor) -> Tensor:
-            return torch.where(unit >= 0, unit + start, self.size)
+    def _find_layouts(self, inputs: Any, number: int) -> None:
+        """Run the model on two samples, on two that are equal, and on three, and see where the samples are.
 
-        def is_input(member: Member) -> bool:
-            return member.dim == (0 if kinds.get(member.name) == "conv_transpose" else 1)
-
-        def is_output(member: Member) -> bool:
-            return member.dim == (1 if kinds.get(member.name) == "conv_transpose" else 0)
-
-        used = [m for m in group.members if m.role != "carries" and m.name in kinds and is_input(m)]
-        for member in used:
-            self.consumed.setdefault(member.name, []).append(places(member.unit))
-        plain = [m for m in group.members if m.role == "consumes" and m.name in self.parameters.keys() - kinds.keys()]
-        for member in plain:
-            self.scaled.setdefault(member.name, []).append((member.dim, places(member.unit)))
-        made = [m for m in group.members if m.role == "produces"] or list(group.members)
-        axis = self.graph.dims[made[0].name][made[0].dim].axis
-        unit = first_copy(axis, group.axis)
-        copies = len(made) > 1 or bool((unit >= 0).sum() < (made[0].unit >= 0).sum())
-        contracted = group.axis.label == "head_width" and copies
-        if (used or plain) and not contracted:
-            return
-        if made[0].name in kinds and is_output(made[0]):
-            self.produced.setdefault(made[0].name, []).append(places(unit))
-        else:
-            self.scaled.setdefault(made[0].name, []).append((made[0].dim, places(unit)))
+        A dimension that grows with the number of samples holds them; whether one sample's rows are together there is
+        seen from the rows that change with the second sample.
+        """
+        runs = []
+        for places in ([0, number - 1], [0, 0], [0, number - 1, 0]):
+            some = take(inputs, places)
+            with torch.no_grad(), _Operands(self.jobs, self.names) as seen:
+                call_model(self.model, some)
+            runs.append(seen.operands)
+        for key, job in enumerate(job for jobs in self.jobs.values() for job in jobs):
+            job.layout = _layout(*(run[key] for run in runs))
 
     def run(self, inputs: Any, z: Tensor) -> Any:
-        """Return the model's outputs with gates ``z``, ``[U]`` or, if ``per_sample``, ``[B, U]``."""
-        padded = torch.cat([z, z.new_ones(*z.shape[:-1], 1)], -1)
-        number = -1
+        """Return the model's outputs with gates ``z``, ``[U]`` or, if ``per_sample``, ``[B, U]``.
 
-        def before(call: LayerCall) -> Tensor | None:
-            nonlocal number
-            number += 1
-            return self._scale(call.input, call, self.consumed.get(call.weight), padded, number)
+        Raises:
+            BatchError: the model calls other functions than on the batch that these gates were made for, or consumes a
+                unit where no derivative passes.
+        """
+        with _Gating(self.jobs, self.names, z):
+            return call_model(self.model, inputs)
 
-        def after(call: LayerCall) -> Tensor | None:
-            found = self.produced.get(call.weight)
-            rows = None if found is None else [index[call.rows] if call.kind == "linear" else index for index in found]
-            assert call.output is not None
-            return self._scale(call.output, call, rows, padded, number)
 
-        with Taps(self.model, before, after, keep=False):
-            if not self.scaled:
-                return call_model(self.model, inputs)
-            return call_model(_Scaled(self.model, self._scaled(padded)), inputs)
+def _jobs(graph: DependencyGraph, axes: RealAxes, calls: dict[int, FunctionCall]) -> dict[int, list[Gated]]:
+    """Return, for every call by its number, the tensors in it that get gates."""
+    starts, start = {}, 0
+    for group in graph.groups:
+        starts[id(axes.leaves[id(group.axis)])] = axes.leaves[id(group.axis)], start
+        start += group.size
 
-    def _scale(
-        self, x: Tensor, call: LayerCall, found: list[Tensor] | None, padded: Tensor, number: int
-    ) -> Tensor | None:
-        if found is None:
-            return None
-        channel = x.dim() - 1 if call.kind == "linear" else 1
-        factor = padded.new_ones(())
-        for index in found:
-            index = index.repeat(x.shape[channel] // len(index))  # a weight's slice serves every group of a convolution
-            factor = factor * padded[..., index.to(padded.device)]
-        factor = factor.to(x.dtype)
-        if padded.dim() == 1:
-            return x * factor.view(-1, *(1 for _ in range(channel + 1, x.dim())))
-        layout = self.layouts[number]
-        assert layout is not None
-        split = x.unflatten(layout.dim, (-1, layout.inner))
-        channel += channel > layout.dim
-        shape = [1] * split.dim()
-        shape[layout.dim], shape[channel] = factor.shape
-        factor = factor if layout.dim < channel else factor.t()
-        return (split * factor.reshape(shape)).flatten(layout.dim, layout.dim + 1)
+    def places(axis: Axis, target: Axis, first: int) -> Tensor:
+        unit = unit_map(axis, target)
+        return torch.where(unit >= 0, unit + first, start)
 
-    def _scaled(self, padded: Tensor) -> dict[str, Tensor]:
-        tensors = {**self.parameters, **dict(self.model.named_buffers())}
-        out = {}
-        for name, places in self.scaled.items():
-            out[name] = tensors[name]
-            for dim, index in places:
-                factor = padded[index.to(padded.device)].to(out[name].dtype)
-                out[name] = out[name] * factor.view(-1, *(1 for _ in range(dim + 1, out[name].dim())))
+    found: dict[int, list[Gated]] = {}
+    for number, call in calls.items():
+        averaged = leaves_of(call.averaged)
+        if averaged.keys() & starts.keys() and call.name not in WEIGHTED:
+            raise BatchError(
+                f"`{call.name}` takes a mean or a variance over units in a way that gates do not know: write it with "
+                "mean, var or a norm of torch.nn.functional, or ignore these units in the trace."
+            )
+        jobs: dict[tuple[int, bool], Gated] = {}
+        for key in sorted(call.consumed().keys() & starts.keys(), key=lambda key: starts[key][1]):
+            leaf, first = starts[key]
+            operand, dims = (0, call.given[0].holds(leaf)) if key in averaged else _operand(call, leaf)
+            job = jobs.setdefault((operand, key in averaged), Gated(call.name, operand, {}, key in averaged))
+            for dim in dims:
+                job.places.setdefault(dim, []).append(places(call.given[operand].axes[dim], leaf, first))
+        if jobs:
+            found[number] = list(jobs.values())
+    return found
+
+
+def _operand(call: FunctionCall, leaf: Axis) -> tuple[int, list[int]]:
+    """Return which tensor of a call gets the gates of a group, and in which dimension: an activation if there is one.
+
+    Raises:
+        BatchError: every tensor holds the group's units in several dimensions.
+    """
+    holding = [(operand, dims) for operand in range(len(call.given)) if (dims := call.given[operand].holds(leaf))]
+    for operand, dims in sorted(holding, key=lambda pair: call.given[pair[0]].parametric):
+        if len(dims) == 1:
+            return operand, dims
+    raise BatchError(
+        f"`{call.name}` holds the same units in two dimensions of a tensor, and gates cannot tell which of them it "
+        "consumes: ignore these units in the trace."
+    )
+
+
+class _Learning(WatchedCalls):
+    """Numbers the calls of a forward pass and keeps the axes of each."""
+
+    def __init__(self, axes: RealAxes) -> None:
+        super().__init__(axes)
+        self.names: list[str] = []
+        self.calls: dict[int, FunctionCall] = {}
+
+    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Number the call."""
+        self.names.append(getattr(func, "__name__", ""))
+        return super().on_call(func, args, kwargs)
+
+    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Keep the call."""
+        if call.name != "__setitem__":
+            self.calls[len(self.names) - 1] = call
         return out
 
 
-class _Scaled(torch.nn.Module):
-    """A model with some of its parameters replaced for the time of a call."""
+class _Numbered(Calls):
+    """Finds the jobs of every call by its number, and checks that the calls are those that were learned."""
 
-    def __init__(self, model: torch.nn.Module, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, jobs: dict[int, list[Gated]], names: list[str]) -> None:
         super().__init__()
-        self.call = lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)
+        self.jobs, self.names, self.number = jobs, names, -1
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
+    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function, with gates where it has some."""
+        self.number += 1
+        if self.names[self.number : self.number + 1] != [getattr(func, "__name__", "")]:
+            raise BatchError(
+                "The model calls other functions for some samples of a batch than for others, so gates do not know "
+                "what they multiply: put samples that are alike into one batch."
+            )
+        jobs = self.jobs.get(self.number)
+        return func(*args, **kwargs) if jobs is None else self.gated(jobs, func, args, kwargs)
+
+    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function with gates."""
+        raise NotImplementedError
+
+
+class _Operands(_Numbered):
+    """Keeps every tensor that gets gates."""
+
+    def __init__(self, jobs: dict[int, list[Gated]], names: list[str]) -> None:
+        super().__init__(jobs, names)
+        self.operands: list[Tensor] = []
+
+    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Keep the tensors and call the function as it is."""
+        tensors = tensors_of((args, kwargs))
+        self.operands += [tensors[job.operand].clone() for job in jobs]
+        return func(*args, **kwargs)
+
+
+class _Gating(_Numbered):
+    """While on, gates multiply what they belong to."""
+
+    def __init__(self, jobs: dict[int, list[Gated]], names: list[str], z: Tensor) -> None:
+        super().__init__(jobs, names)
+        self.padded = torch.cat([z, z.new_ones(*z.shape[:-1], 1)], -1)
+
+    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function on gated tensors; a mean or variance counts every entry with its gate."""
+        if self.padded.requires_grad and not torch.is_grad_enabled():
+            raise BatchError(
+                f"`{jobs[0].name}` consumes units where no gradient is computed (under no_grad, or in a "
+                "torch.autograd.Function), so gates have no derivatives there: ignore these units."
+            )
+        flat, spec = tree_flatten((args, kwargs))
+        at = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]
+        weights = None
+        for job in jobs:
+            x = flat[at[job.operand]]
+            factor = self._factor(job, x)
+            if job.averages:
+                weights = factor
+            else:
+                flat[at[job.operand]] = x * factor
+        args, kwargs = tree_unflatten(flat, spec)
+        return func(*args, **kwargs) if weights is None else weighted(jobs[0].name, args, kwargs, weights)
+
+    def _factor(self, job: Gated, x: Tensor) -> Tensor:
+        """Return the gates of the entries of ``x``, in a shape that broadcasts to it."""
+        shape = list(x.shape)
+        layout = job.layout if self.padded.dim() == 2 else None
+        factor = self.padded.new_ones(())
+        for dim, places in job.places.items():
+            for index in places:
+                found = self.padded[..., index.to(x.device)]
+                if layout is None:
+                    factor = factor * found.view(-1, *(1 for _ in shape[dim + 1 :]))
+                    continue
+                rows = [len(found), *(1 for _ in shape)]
+                rows[1 + dim] = shape[dim]
+                factor = factor * found.reshape(rows)
+        if layout is not None:  # [B, *shape with ones] -> the samples' own rows
+            factor = factor.movedim(0, layout.dim).flatten(layout.dim, layout.dim + 1)
+            factor = factor.repeat_interleave(layout.inner, layout.dim) if layout.inner > 1 else factor
+        return factor.to(x.dtype)
 
 
 def samples(inputs: Any, number: int) -> Iterator[Any]:
@@ -160,47 +268,6 @@ def samples(inputs: Any, number: int) -> Iterator[Any]:
 def take(inputs: Any, places: list[int]) -> Any:
     """Return a batch of some samples of a batch."""
     return tree_map(lambda value: value[places] if isinstance(value, Tensor) and value.dim() else value, inputs)
-
-
-def first_copy(axis: Axis, target: Axis) -> Tensor:
-    """Return int64 ``[axis.size]``: the unit of the leaf ``target`` that each entry belongs to, in one copy only.
-
-    Where an axis holds the units several times, as the fused projection to queries, keys and values does (one segment
-    after the other, or numbered by a factor that nothing can be removed from), -1 stands for all copies but the first.
-    """
-    axis, target = find(axis), find(target)
-    if axis is target:
-        return torch.arange(axis.size)
-    holds = any(leaf is target for leaf in leaves(axis))
-    if not holds:  # 0: in the copy, of no unit of its own; -1: in another copy
-        numbers_copies = is_frozen(axis) and axis.label != "heads"
-        return torch.where(torch.arange(axis.size) > 0, -1, 0) if numbers_copies else torch.zeros(axis.size).long()
-    if axis.kind == "sum":
-        parts = segments_of(axis)
-        first = next(place for place, part in enumerate(parts) if any(leaf is target for leaf in leaves(part)))
-        outside = [torch.full((part.size,), -1) for part in parts]
-        return torch.cat([*outside[:first], first_copy(parts[first], target), *outside[first + 1 :]])
-    out = torch.zeros(1).long()
-    for part in factors_of(axis):
-        left, right = out[:, None], first_copy(part, target)[None, :]
-        out = torch.where((left < 0) | (right < 0), -1, left + right).flatten()
-    return out
-
-
-def _watch(graph: DependencyGraph, inputs: Any) -> tuple[list[LayerCall], list[Layout | None]]:
-    """Run the model on two samples, on three, and on two that are equal; return its calls and the layout of each.
-
-    A dimension that grows with the number of samples holds them; whether one sample's rows stand together there is
-    seen from the rows that change with the second sample.
-    """
-    number = next(len(leaf) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-    runs = []
-    for places in ([0, number - 1], [0, 0], [0, number - 1, 0]):
-        with torch.no_grad(), Taps(graph.model) as taps:
-            call_model(graph.model, take(inputs, places))
-        runs.append(taps.calls)
-    layouts = [_layout(*(call.input for call in calls)) for calls in zip(*runs, strict=True)] if number > 1 else []
-    return runs[0], layouts or [None] * len(runs[0])
 
 
 def _layout(two: Tensor, equal: Tensor, three: Tensor) -> Layout | None:

@@ -6,16 +6,15 @@ criteria estimate.  It is the truth for one unit at a time, no more: units that 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
@@ -23,7 +22,9 @@ from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
 from prunelab.surgery.apply import Kept
-from prunelab.surgery.silence import KeptNorms, _norms
+from prunelab.surgery.silence import Change, Changes
+from prunelab.tracing.axes import Axis, leaves
+from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import copied, forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
@@ -33,8 +34,7 @@ from prunelab.tracing.trace import DependencyGraph
 class Oracle(Criterion):
     """Score a unit by the measured ``L(without u) − L``, L the mean loss over the batches, in eval mode.
 
-    Silencing is that of ``prunelab.masked``: the unit's entries are zero in every member, and layer, group and
-    root-mean-square norms leave it out of their statistics.
+    Silencing is that of ``prunelab.masked``: nothing reads the unit, and means, variances and norms leave it out.
 
     In the quadratic model nothing stands for this: it is ΔL(u) itself, which the model approximates.  Cost: one forward
     pass over the data for every unit, from the first layer that the unit touches on; memory as for training on one
@@ -103,7 +103,7 @@ def loss_changes(
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
     for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
-        replay = _Replay(model, inputs, targets, loss, cache)
+        replay = _Replay(model, graph, partial(mean_loss, model, inputs, targets, loss), cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")
         for name, chosen in units.items():
@@ -119,94 +119,119 @@ def loss_changes(
 class _Replay:
     """The forward pass over one batch, again and again, each time from the first call that a change reaches."""
 
-    def __init__(self, model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, cache: bool) -> None:
-        self.run = lambda: mean_loss(model, inputs, targets, loss)
-        first = _Calls()
-        with first:
-            self.base = self.run()
-        self.in_place = first.in_place
+    def __init__(self, model: nn.Module, graph: DependencyGraph, run: Callable[[], Tensor], cache: bool) -> None:
+        self.run = run
+        axes = RealAxes(model, graph)
+        learned = _Learning(axes)
+        with axes, learned:
+            self.base = run()
+        axes.check(axes.leaves)
+        self.leaves, self.calls, self.in_place = axes.leaves, learned.calls, learned.in_place
+        self.reached = _reached(self.calls, set(map(id, axes.leaves.values())))
         self.known: list[Any] = []
         if cache:
-            norms = KeptNorms([("", None)] * first.number)
-            calls = _Calls(self.in_place, keep=norms)
-            with norms, calls:
-                again = self.run()
+            calls = _Calls(self.in_place, keep=True)
+            with calls:
+                again = run()
             # Calls that write in place were given clones; where that made a difference nothing can be kept.
             self.known = calls.known if torch.equal(again, self.base) else []
-            self.first_use, self.norms_before = calls.first_use, [*calls.norms_before, norms.place]
 
     def without(self, graph: DependencyGraph, group: Group, unit: int, parameters: dict[str, nn.Parameter]) -> Tensor:
         """Return the loss with one unit silenced; the parameters are changed in place and restored."""
         mask = torch.ones(group.size, dtype=torch.bool)
         mask[unit] = False
         kept = Kept({id(group.axis): mask})
+        leaf = self.leaves[id(group.axis)]
+        changes = Changes(Kept({id(leaf): mask}))
+        numbers = self.reached.get(id(leaf), [])
+        changed = {number: changes.of(self.calls[number]) for number in numbers}
+        known = self.known[: numbers[0] if numbers else len(self.known)]
         touched = {m.name: parameters[m.name] for m in group.members if m.name in parameters}
         saved = {name: parameter.clone() for name, parameter in touched.items()}
-        norms = KeptNorms(_norms(graph, kept))
-        calls = _Calls(set())
-        if self.known:
-            calls.in_place = self.in_place
-            start = self._start(touched, norms)
-            calls.known, norms.place = self.known[:start], self.norms_before[start]
         try:
             for member in group.members:
                 if member.name in touched:
                     gone = (~kept.mask(graph.dims[member.name][member.dim].axis)).nonzero().flatten()
                     touched[member.name].index_fill_(member.dim, gone.to(touched[member.name].device), 0)
-            with norms, calls:
+            with _Calls(self.in_place if self.known else set(), known, changed):
                 return self.run()
         finally:
             for name, parameter in touched.items():
                 parameter.copy_(saved[name])
 
-    def _start(self, touched: dict[str, nn.Parameter], norms: KeptNorms) -> int:
-        """Return the first call that takes a touched parameter or is a norm over fewer entries."""
-        end = len(self.known)
-        starts = [self.first_use.get(id(parameter), end) for parameter in touched.values()]
-        masked = next((place for place, (_, mask) in enumerate(norms.norms) if mask is not None), None)
-        if masked is not None:
-            starts.append(bisect_right(self.norms_before, masked) - 1)
-        return min(starts)
+
+def _reached(calls: Mapping[int, FunctionCall], targets: set[int]) -> dict[int, list[int]]:
+    """Return, for every leaf of a group by its ``id``, the numbers of the calls that meet it."""
+    met: dict[int, tuple[Axis, set[int]]] = {}
+    found: dict[int, list[int]] = {}
+    for number, call in calls.items():
+        here: set[int] = set()
+        for axis in (axis for axes in (*(one.axes for one in call.given), *call.made) for axis in axes):
+            if id(axis) not in met:
+                met[id(axis)] = axis, {id(part) for part in leaves(axis)} & targets
+            here |= met[id(axis)][1]
+        for leaf in here:
+            found.setdefault(leaf, []).append(number)
+    return found
 
 
-class _Calls(TorchFunctionMode):
-    """Number the calls of a forward pass; find which write in place, keep what all return, or return what was kept.
+class _Learning(WatchedCalls):
+    """Numbers the calls of a forward pass; keeps the axes of each, and which of them write to their arguments."""
+
+    def __init__(self, axes: RealAxes) -> None:
+        super().__init__(axes)
+        self.number = 0
+        self.calls: dict[int, FunctionCall] = {}
+        self.in_place: set[int] = set()
+
+    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function and see whether an argument has changed."""
+        tensors = tensors_of((args, kwargs))
+        versions = [tensor._version for tensor in tensors]
+        out = super().on_call(func, args, kwargs)
+        if versions != [tensor._version for tensor in tensors]:
+            self.in_place.add(self.number)
+        self.number += 1
+        return out
+
+    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Keep the call."""
+        self.calls[self.number] = call
+        return out
+
+
+class _Calls(Calls):
+    """Number the calls of a forward pass; keep what all return, or return what was kept and change some others.
 
     Args:
-        in_place: numbers of the calls that change one of their arguments; they are given clones.  ``None``: find out.
-        keep: fill ``known``, ``first_use`` and ``norms_before``, the latter from this mode's count of norms.
-
-    Attributes:
-        number: of the next call.
-        known: what the first calls return; if not kept here, those are not made.
-        first_use: ``id`` of a parameter -> the first call that takes it.
-        norms_before: how many norms came before each call.
+        in_place: numbers of the calls that change one of their arguments; they are given clones.
+        known: what the first calls return; these are not made.
+        changed: number of a call -> what is different there.
+        keep: fill ``known``.
     """
 
-    def __init__(self, in_place: set[int] | None = None, keep: KeptNorms | None = None) -> None:
+    def __init__(
+        self,
+        in_place: set[int],
+        known: Sequence[Any] = (),
+        changed: Mapping[int, Change | None] | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
         super().__init__()
-        self.find, self.in_place, self.keep = in_place is None, in_place or set(), keep
+        self.in_place, self.known, self.changed, self.keep = in_place, list(known), changed or {}, keep
         self.number = 0
-        self.known: list[Any] = []
-        self.first_use: dict[int, int] = {}
-        self.norms_before: list[int] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        number, kwargs = self.number, kwargs or {}
+    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what was kept, or call the function."""
+        number = self.number
         self.number += 1
-        if self.keep is None and number < len(self.known):
+        if not self.keep and number < len(self.known):
             return self.known[number]
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if self.keep is not None:
-            self.norms_before.append(self.keep.place)
-            for tensor in tensors:
-                self.first_use.setdefault(id(tensor), number)
         if number in self.in_place:
-            args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-        versions = [tensor._version for tensor in tensors]
-        out = func(*args, **kwargs)
-        if self.find and versions != [tensor._version for tensor in tensors]:
-            self.in_place.add(number)
-        if self.keep is not None:
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        change = self.changed.get(number)
+        out = func(*args, **kwargs) if change is None else change.make(func, args, kwargs)
+        if self.keep:
             self.known.append(out)
         return out

@@ -1,42 +1,56 @@
 """Silencing: the function of the cut network, with nothing removed; the truth that surgery is tested against.
 
-Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero, and whose normalisations take their
-statistics over the kept entries only.
+A unit is removed where it is consumed: in the cut network nothing reads it any more.  Layers read it through the
+columns of their weights; sums, products of activations, norms, means and variances read it too, whether they are
+modules or calls in the model's code.  So all these leave the unit out, and means and variances are over what stays.
+
+Flows in: a model and a ``Plan``.  Flows out: a copy whose removed entries are zero in its parameters, and
+are left out wherever entries are added up or a mean or a variance is taken.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from prunelab.errors import PlanError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
+from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
+from prunelab.tracing.axes import Axis
+from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import copied, forget
-from prunelab.tracing.trace import DependencyGraph
-
-_BATCH_NORMS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
-NORMS = {
-    "native_batch_norm": _BATCH_NORMS,
-    "cudnn_batch_norm": _BATCH_NORMS,
-    "miopen_batch_norm": _BATCH_NORMS,
-    "native_layer_norm": (F.layer_norm, torch.layer_norm),
-    "_fused_rms_norm": (F.rms_norm, torch.rms_norm),
-    "native_group_norm": (F.group_norm, torch.group_norm),
-}
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 
-    The removed entries of every member are zero, and layer, group and root-mean-square norms leave them out of their
-    statistics, whether they are modules or calls in the model's code.
+    The removed entries of every parameter are zero.  Sums and products of activations, means, variances, and layer,
+    group and root-mean-square norms leave them out, whether they are modules or calls in the model's code.  Inputs may
+    have other sizes than the example that the model was traced with.
+
+    Args:
+        model: the model that the plan was made for, in any mode and on any device.
+        plan: what goes.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model.  When the copy runs: its code takes a statistic over removed units
+            that is not known here, or couples units otherwise with these inputs.
+
+    >>> import prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.Sigmoid(), nn.Linear(4, 1))
+    >>> scores = pl.criteria.get("magnitude")(pl.trace(model, torch.ones(1, 2)))
+    >>> plan = pl.plan(scores, ratio=0.5)
+    >>> x = torch.randn(3, 2)
+    >>> torch.allclose(pl.masked(model, plan)(x), pl.apply(model, plan)(x), atol=1e-6)
+    True
     """
     graph, kept = open_plan(model, plan)
     silent = forget(copied(model))
@@ -45,123 +59,139 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         for name, place, mask in masks(graph, kept):
             if name in parameters:
                 parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
-    norms = _norms(graph, kept)
-    if any(mask is not None for _, mask in norms):
-        mode = KeptNorms(norms)
-        silent.register_forward_pre_hook(lambda *_: mode.start())
-        silent.register_forward_hook(lambda *_: mode.stop(), always_call=True)
+    running = threading.local()
+
+    def start(module: nn.Module, *_: Any) -> None:
+        axes, modes = RealAxes(module, graph), ExitStack()
+        if torch.is_inference_mode_enabled():  # where operators do not show what they are made of
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        modes.enter_context(axes)
+        modes.enter_context(Silence(axes, kept))
+        running.all = [*getattr(running, "all", []), (axes, modes)]
+
+    def stop(*_: Any) -> None:
+        axes, modes = running.all.pop()
+        modes.close()
+        axes.check(kept.masks)
+
+    if kept.masks:
+        silent.register_forward_pre_hook(start)
+        silent.register_forward_hook(stop, always_call=True)
     return silent
 
 
-def _norms(graph: DependencyGraph, kept: Kept) -> list[tuple[str, Tensor | None]]:
-    """Return, for every norm in the order of calls, its operator and the mask of the entries it normalises over."""
-    found: list[tuple[str, Tensor | None]] = []
-    for op in graph.tape:
-        if op.name not in NORMS:
-            continue
-        axes = graph.axes_of(op.args[0])
-        if NORMS[op.name] is _BATCH_NORMS:
-            axes = axes[2:] if op.args[5] else ()  # in eval mode it takes no statistics
-        else:
-            axes = axes[1:2] if op.name == "native_group_norm" else axes[len(axes) - len(op.args[1]) :]
-        if not axes:
-            found.append((op.name, None))
-            continue
-        mask = kept.mask(axes[0])
-        for axis in axes[1:]:
-            mask = mask[..., None] & kept.mask(axis)
-        found.append((op.name, None if mask.all() else mask))
-    return found
+class Silence(WatchedCalls):
+    """While on, removed entries count for nothing wherever the model adds entries up or takes a mean or a variance.
 
-
-class KeptNorms(TorchFunctionMode):
-    """While on, the n-th norm that the model calls takes its statistics over the n-th mask."""
-
-    def __init__(self, norms: list[tuple[str, Tensor | None]]) -> None:
-        super().__init__()
-        self.norms, self.place = norms, 0
-
-    def start(self) -> None:
-        """Begin a forward pass."""
-        self.place = 0
-        self.__enter__()
-
-    def stop(self) -> None:
-        """End a forward pass."""
-        self.__exit__(None, None, None)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if not any(func in functions for functions in NORMS.values()):
-            return func(*args, **kwargs)
-        name, mask = self.norms[self.place]
-        self.place += 1
-        if mask is None:
-            return func(*args, **kwargs)
-        if NORMS[name] is _BATCH_NORMS:
-            return kept_batch_norm(*_batch_norm_arguments(*args, **kwargs), mask.to(args[0].device))
-        keys = ["input", "num_groups" if name == "native_group_norm" else "shape", "weight", "bias", "eps"]
-        if name == "_fused_rms_norm":
-            keys.remove("bias")
-        given = dict(zip(keys, args, strict=False)) | {k: v for k, v in kwargs.items() if k != "normalized_shape"}
-        x, weight, bias, eps = given["input"], given.get("weight"), given.get("bias"), given.get("eps")
-        mask = mask.to(x.device)
-        if name == "native_group_norm":
-            return kept_group_norm(x, given["num_groups"], weight, bias, 1e-5 if eps is None else eps, mask)
-        if name == "_fused_rms_norm":
-            return kept_norm(x, weight, bias, torch.finfo(x.dtype).eps if eps is None else eps, mask, centred=False)
-        return kept_norm(x, weight, bias, 1e-5 if eps is None else eps, mask)
-
-
-def _batch_norm_arguments(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    return input, weight, bias, eps
-
-
-def kept_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor) -> Tensor:
-    """Batch norm over the batch and the kept entries of the dimensions after the channels; zero elsewhere.
-
-    Models that standardise the weights of a convolution do it so, with the weights as one image.
+    Args:
+        axes: the axes of what the model computes; on for as long as this mode is.
+        kept: what stays, by the leaves of the trace.
     """
-    x, places = x * kept, (0, *range(2, x.dim()))
-    number = kept.sum() * len(x)
-    x = (x - x.sum(places, keepdim=True) / number) * kept
-    out = x * torch.rsqrt(x.square().sum(places, keepdim=True) / number + eps)
-    shape = (-1, *(1 for _ in x.shape[2:]))
-    out = out if weight is None else out * weight.view(shape)
-    return (out if bias is None else out + bias.view(shape)) * kept
+
+    def __init__(self, axes: RealAxes, kept: Kept) -> None:
+        super().__init__(axes)
+        self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
+
+    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """Return what the call returns in the cut network; removed entries of it may be anything."""
+        change = self.changes.of(call)
+        if change is None:
+            return out
+        with self.axes.quiet():
+            new = change.make(func, args, kwargs)
+        for one, old in zip(tensors_of(new), tensors_of(out), strict=True):
+            self.axes.know(one, self.axes.dims(old))
+        return new
 
 
-def kept_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor, *, centred: bool = True
-) -> Tensor:
-    """Layer norm, or root-mean-square norm, over the kept entries of the last dimensions; zero elsewhere."""
-    places, number = tuple(range(-kept.dim(), 0)), kept.sum()
-    x = x * kept
-    if centred:
-        x = (x - x.sum(places, keepdim=True) / number) * kept
-    out = x * torch.rsqrt(x.square().sum(places, keepdim=True) / number + eps)
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias) * kept
+Masks = tuple[Tensor | None, ...]
+"""For every dimension of a tensor which entries stay, bool ``[size]``; ``None`` where all do."""
 
 
-def kept_group_norm(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, kept: Tensor
-) -> Tensor:
-    """Group norm over the kept channels of every group; zero elsewhere."""
-    shape = (-1, *(1 for _ in x.shape[2:]))
-    inside = kept.view(shape).expand(x.shape[1:]).reshape(groups, -1)
-    number = inside.sum(-1, keepdim=True).clamp_min(1)
-    grouped = x.reshape(len(x), groups, -1) * inside
-    grouped = (grouped - grouped.sum(-1, keepdim=True) / number) * inside
-    out = (grouped * torch.rsqrt(grouped.square().sum(-1, keepdim=True) / number + eps)).reshape(x.shape)
-    out = out if weight is None else out * weight.view(shape)
-    return (out if bias is None else out + bias.view(shape)) * kept.view(shape)
+@dataclass(frozen=True)
+class Change:
+    """What makes of a call the call of the cut network.
+
+    Attributes:
+        name: of the function.
+        zeroed: which of its tensors are given with zeros at removed entries, with their masks.
+        counted: masks of the input of a statistic; ``None`` for other functions.
+    """
+
+    name: str
+    zeroed: dict[int, Masks]
+    counted: Masks | None
+
+    def make(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return what the function gives in the cut network."""
+        flat, spec = tree_flatten((args, kwargs))
+        places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]
+        for operand, kept in self.zeroed.items():
+            flat[places[operand]] = zeroed(flat[places[operand]], kept)
+        args, kwargs = tree_unflatten(flat, spec)
+        if self.counted is None:
+            return func(*args, **kwargs)
+        found = statistic(self.name, args, kwargs)
+        assert found is not None
+        x, over = found
+        weights = torch.ones((), device=x.device)
+        for dim, mask in enumerate(self.counted):
+            if dim in over and mask is not None:
+                weights = weights * mask.to(x.device).view(-1, *(1 for _ in x.shape[dim + 1 :]))
+        return weighted(self.name, args, kwargs, weights)
+
+
+class Changes:
+    """Tells for every call what is different in the cut network.
+
+    Args:
+        kept: what stays.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self._masks: dict[int, tuple[Axis, Tensor | None]] = {}
+
+    def of(self, call: FunctionCall) -> Change | None:
+        """Return what to change, ``None`` where removed entries do not reach what the call returns of others.
+
+        Raises:
+            PlanError: it takes a statistic over removed units, and is none of those known here.
+        """
+        gone = [leaf for key, leaf in call.consumed().items() if key in self.kept.masks]
+        if not gone:
+            return None
+        change = {n: self._masks_of(one) for n, one in enumerate(call.given) if any(map(one.holds, gone))}
+        counted = None
+        if any(self._mask(axis) is not None for axis in call.averaged):
+            if call.name not in WEIGHTED:
+                raise PlanError(
+                    f"`{call.name}` takes a mean or a variance over units that are removed, in a way that prunelab "
+                    "does not know: write it with mean, var or a norm of torch.nn.functional, or ignore these units."
+                )
+            counted = change[0]
+        change = {operand: masks for operand, masks in change.items() if not call.given[operand].silent}
+        if change and call.writes:
+            raise PlanError(
+                f"`{call.name}` adds up removed units and writes the sum into one of its tensors, which prunelab "
+                "cannot silence: write it without an underscore, or ignore these units."
+            )
+        return Change(call.name, change, counted) if change or counted else None
+
+    def _masks_of(self, given: Given) -> Masks:
+        return tuple(map(self._mask, given.axes))
+
+    def _mask(self, axis: Axis) -> Tensor | None:
+        if id(axis) not in self._masks:
+            mask = self.kept.mask(axis) if self.kept.size(axis) != axis.size else None
+            self._masks[id(axis)] = (axis, mask)
+        return self._masks[id(axis)][1]
+
+
+def zeroed(tensor: Tensor, masks: Masks) -> Tensor:
+    """Return a copy of a tensor with zeros wherever an entry of a dimension does not stay."""
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), 0)
+    return tensor

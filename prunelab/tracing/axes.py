@@ -18,7 +18,7 @@ in this file.  Notebook 01_tracing derives it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar
 
 
@@ -31,9 +31,10 @@ class Axis:
         parts: the axes it is made of; empty for a leaf.
         frozen: why no entry of this leaf may be removed, or ``None``.
         label: what the tracer knows the axis to be, such as ``"heads"``.
+        fixed: a leaf that stands for itself when it is unified with another leaf.
     """
 
-    __slots__ = ("size", "kind", "parts", "frozen", "label", "_same")
+    __slots__ = ("size", "kind", "parts", "frozen", "label", "fixed", "_same")
 
     def __init__(self, size: int, kind: Literal["leaf", "product", "sum"] = "leaf", parts: Sequence[Axis] = ()) -> None:
         self.size = size
@@ -41,6 +42,7 @@ class Axis:
         self.parts = tuple(parts)
         self.frozen: str | None = None
         self.label: str | None = None
+        self.fixed = False
         self._same: Axis | None = None
 
 
@@ -180,7 +182,7 @@ def _unify(first: Axis, second: Axis) -> None:
         reason = next((part.frozen for axis in (first, second) if is_frozen(axis) for part in leaves(axis)), None)
         freeze(first, reason or "it is frozen")
         freeze(second, reason or "it is frozen")
-    elif first.kind == "leaf":
+    elif first.kind == "leaf" and not (first.fixed and second.kind == "leaf"):
         _bind(first, second)
     elif second.kind == "leaf":
         _bind(second, first)
@@ -279,6 +281,31 @@ def show(axis: Axis) -> str:
     if axis.kind == "product":
         return "×".join(f"({show(part)})" if find(part).kind == "sum" else show(part) for part in axis.parts)
     return "+".join(show(part) for part in axis.parts)
+
+
+def copies(axes: Iterable[Axis], fixed: Iterable[Axis] = ()) -> tuple[Callable[[Axis], Axis], dict[int, Axis]]:
+    """Copy axes, so that what is said of the copies does not reach them.
+
+    Args:
+        axes: what to copy.
+        fixed: leaves whose copies stand for themselves when they are unified with other leaves.
+
+    Returns:
+        A function from an axis to its copy, and the copies of the fixed leaves by the ``id`` of the leaf.
+    """
+    made: dict[int, Axis] = {}
+    own = {id(find(part)) for part in fixed}
+
+    def twin(axis: Axis) -> Axis:
+        axis = find(axis)
+        if id(axis) not in made:
+            new = made[id(axis)] = Axis(axis.size, axis.kind, [twin(part) for part in axis.parts])
+            new.frozen, new.label, new.fixed = axis.frozen, axis.label, id(axis) in own
+        return made[id(axis)]
+
+    for axis in axes:
+        twin(axis)
+    return twin, {id(part): twin(part) for part in fixed}
 
 
 T = TypeVar("T")

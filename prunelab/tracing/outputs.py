@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-_CLOSED: tuple[type, ...] = (int, float, complex, str, bytes, bytearray, type, Enum, torch.dtype, torch.device, torch.Size)
+_CLOSED: tuple[type, ...] = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    type,
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _CLOSED += (FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module, torch.Generator)
 """What holds no result; modules hold parameters, which are none."""
 

@@ -106,6 +106,10 @@ class Call:
         for origin in dim.origins:
             self.recorder.marks.append((origin, role, within))
 
+    def contract(self, *dims: Dim) -> None:
+        """Say that entries of these dimensions are added up: here their units are consumed."""
+        self.recorder.contracted += [dim.axis for dim in dims]
+
     def count(self, constant: int, *dims: Dim) -> None:
         """Add a term ``constant × sizes of dims`` to the model's FLOPs."""
         self.recorder.flops.append((constant, tuple(dim.axis for dim in dims)))
@@ -157,6 +161,7 @@ class Recorder(TorchDispatchMode):
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        contracted: axes over which some operator adds entries up.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
@@ -168,6 +173,7 @@ class Recorder(TorchDispatchMode):
         self.sizes: list[tuple[str, str, Axis]] = []
         self.ties: list[list[Axis]] = []
         self.conditions: list[tuple[list[Tensor], Dims, str]] = []
+        self.contracted: list[Axis] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
         self._dims: dict[int, Dims] = {}
@@ -233,7 +239,7 @@ class Recorder(TorchDispatchMode):
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.visited.setdefault(self._names[id(tensor)], len(self.visited))
-        computed = any(not _parametric(self.dims(tensor)) for tensor in call.tensors)
+        computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
         for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
@@ -288,7 +294,8 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def _parametric(dims: Dims) -> bool:
+def is_parametric(dims: Dims) -> bool:
+    """Tell whether the tensor with these dimensions is computed from parameters and buffers alone."""
     return not dims or any(dim.origins for dim in dims)
 
 

@@ -244,6 +244,7 @@ def matmul(call: Call) -> list[Dims]:
     left, right = call.dims(names[0]), call.dims(names[1])
     batch = [_merge(call, [one, two]) for one, two in zip(left[:-2], right[:-2], strict=True)]
     call.unify(left[-1], right[-2])
+    call.contract(left[-1])
     for operand, inner, outer in ((left, left[-1], left[-2]), (right, right[-2], right[-1])):
         if any(dim.origins for dim in operand):
             call.mark(inner, "consumes")
@@ -263,6 +264,7 @@ def matvec(call: Call) -> list[Dims]:
     """Matrix times vector, or two vectors."""
     left, right = call.dims("self"), call.dims("vec" if "vec" in call.values else "tensor")
     call.unify(left[-1], right[0])
+    call.contract(left[-1])
     call.mark(left[-1], "consumes")
     call.mark(right[0], "consumes")
     call.count(2, *left)
@@ -293,6 +295,7 @@ def convolution(call: Call) -> list[Dims]:
         call.mark(weight[1], "produces" if transposed else "consumes")
         call.mark(weight[0], "carries", within=group.axis)
         call.recorder.sizes.append((call.recorder.module, "groups", group.axis))
+    call.contract(into)
     call.freeze(weight[2:], "slides it over the image")
     call.freeze(space, "slides over it")
     if _is_tensor(call.get("bias")):
@@ -312,6 +315,7 @@ def attention(call: Call) -> list[Dims]:
     else:
         call.unify(query[1], Dim(product([key[1].axis, leaf(query[1].size // key[1].size)])))
     call.unify(query[3], key[3])
+    call.contract(query[3])
     call.freeze([query[2], key[2], value[2]], "attends over it")
     bias = call.get("attn_bias", call.get("attn_mask"))
     if _is_tensor(bias):
@@ -382,12 +386,13 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def reduction(call: Call) -> list[Dims]:
-    """Dimensions disappear into one number each; only sums and norms stay the same when silent entries go."""
+    """Dimensions disappear into one number each: sums, norms, means and variances are over the units that stay."""
     dims = call.dims(call.tensors[0])
     places = call.get("dim")
     places = [places] if isinstance(places, int) else list(places or range(len(dims)))
     gone = {place % len(dims) for place in places} if dims else set()
-    if call.name not in ("sum", "norm", "linalg_vector_norm", "any"):
+    call.contract(*(dims[place] for place in sorted(gone)))
+    if call.name not in ("sum", "norm", "linalg_vector_norm", "any", "mean", "var", "var_mean", "std", "std_mean"):
         call.freeze_if_used([dims[place] for place in gone], "reduces it")
     if call.outputs[0].dim() == len(dims):
         kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]
