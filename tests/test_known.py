@@ -65,6 +65,11 @@ def picks_rows_by_a_mask(y: Tensor) -> Tensor:
     return y[torch.tensor([True, False, True])]
 
 
+def picks_places_by_a_mask(y: Tensor) -> Tensor:
+    places = y[:, None, None, :] * torch.ones(1, 2, 3, 1)
+    return places[:, torch.eye(2, 3, dtype=torch.bool)].sum(1)
+
+
 def selects_by_a_mask(y: Tensor) -> Tensor:
     return y + y.new_ones(1, 4).masked_select(torch.tensor([False, True, False, False]))
 
@@ -75,6 +80,7 @@ CONSTANTS = [
     lists_what_it_picked,
     writes_through_a_view,
     picks_rows_by_a_mask,
+    picks_places_by_a_mask,
     selects_by_a_mask,
 ]
 
@@ -271,6 +277,15 @@ def test_infinities_that_code_writes_itself_are_not_taken_for_broken_data():
     for between in (by_number, by_constant, in_place):
         with pytest.raises(TraceError, match="needs the values"):
             pl.trace(Step(between), torch.ones(3, 6))
+
+
+def test_a_guard_counts_what_is_whole_in_a_mask_of_removed_units_too():
+    def between(y: Tensor) -> Tensor:
+        assert bool((y == y).all()) and torch.isfinite(y).all(1).all()
+        return y
+
+    torch.manual_seed(0)
+    cut_is_masked(Step(between), torch.randn(3, 6), "module")
 
 
 def test_infinities_of_a_constant_are_seen():

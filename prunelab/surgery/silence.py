@@ -128,7 +128,8 @@ class Change:
         flat, spec = tree_flatten((args, kwargs))
         places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]
         for operand, kept in self.zeroed.items():
-            flat[places[operand]] = zeroed(flat[places[operand]], kept)
+            neutral = int(self.name == "all")  # what changes no result: zero in a sum, true in a test of all
+            flat[places[operand]] = zeroed(flat[places[operand]], kept, neutral)
         args, kwargs = tree_unflatten(flat, spec)
         if self.counted is None:
             return func(*args, **kwargs)
@@ -189,9 +190,9 @@ class Changes:
         return self._masks[id(axis)][1]
 
 
-def zeroed(tensor: Tensor, masks: Masks) -> Tensor:
-    """Return a copy of a tensor with zeros wherever an entry of a dimension does not stay."""
+def zeroed(tensor: Tensor, masks: Masks, value: int = 0) -> Tensor:
+    """Return a copy of a tensor with zeros, or another value, wherever an entry of a dimension does not stay."""
     for dim, mask in enumerate(masks):
         if mask is not None:
-            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), 0)
+            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), value)
     return tensor

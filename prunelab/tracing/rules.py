@@ -421,13 +421,19 @@ def spatial(call: Call) -> list[Dims]:
     ]
 
 
+def _spread(index: Tensor | None) -> list[Tensor | None]:
+    """Return an index for every dimension that it picks from: a mask picks from as many as it has."""
+    masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+    return [index] * index.dim() if masks and index is not None else [index]
+
+
 def indexing(call: Call) -> list[Dims]:
     """``x[i, :, j]``: indexed dimensions are frozen, the others pass."""
     dims = call.dims("self")
-    indices = list(call["indices"]) + [None] * (len(dims) - len(call["indices"]))
-    if any(index is not None and index.dtype == torch.bool for index in indices):
-        return unknown(call)
+    indices = [part for index in call["indices"] for part in _spread(index)]
     indexed = [place for place, index in enumerate(indices) if index is not None]
+    if not indexed:  # by a single truth value
+        return unknown(call)
     call.freeze([dims[place] for place in indexed], "picks entries by number")
     together = indexed == list(range(indexed[0], indexed[-1] + 1))
     rest = [dim for place, dim in enumerate(dims) if place not in indexed]
