@@ -143,7 +143,10 @@ def make_groups(recorder: Recorder) -> tuple[Group, ...]:
             Member(name, place, _role(roles, (name, place), axis), recorder.parameters[name][place].axis, axis)
             for name, place in dict.fromkeys(places)
         )
-        drafts.append((axis, members))
+        if all(member.role == "carries" for member in members):
+            freeze(axis, "no layer makes or reads it")
+        else:
+            drafts.append((axis, members))
     names = _names(recorder, drafts)
     return tuple(Group(name, axis.size, members, axis) for name, (axis, members) in zip(names, drafts, strict=True))
 

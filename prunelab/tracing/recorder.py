@@ -151,6 +151,7 @@ class Recorder(TorchDispatchMode):
         model: a copy on fake tensors; gets hooks that tell which module runs.
         rule: gives the dimensions of every output of a call.
         shortcut: answers in PyTorch's place what a call returns, where it knows that.
+        sizes_matter: tells of a call whether its sizes may hold for the example alone.
 
     Attributes:
         tape: every operator call, in order.
@@ -161,13 +162,21 @@ class Recorder(TorchDispatchMode):
         sizes: ``(module, attribute, axis)``: integers that PyTorch's own layers keep.
         ties: axes that the model's code takes to be of equal size.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
+        held: if a list, calls are put there and state no equation yet.
+        sized: some call gave a size that may hold for the example alone.
         contracted: axes over which some operator adds entries up.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
-    def __init__(self, model: nn.Module, rule: Callable[[Call], list[Dims]], shortcut: Shortcut) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Callable[[Call], list[Dims]],
+        shortcut: Shortcut,
+        sizes_matter: Callable[[Call], bool] = lambda call: False,
+    ) -> None:
         super().__init__()
-        self.model, self.rule, self.shortcut = model, rule, shortcut
+        self.model, self.rule, self.shortcut, self.sizes_matter = model, rule, shortcut, sizes_matter
         self.tape: list[Op] = []
         self.marks: list[tuple[tuple[str, int], str, Axis | None]] = []
         self.sizes: list[tuple[str, str, Axis]] = []
@@ -176,9 +185,12 @@ class Recorder(TorchDispatchMode):
         self.contracted: list[Axis] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
+        self.held: list[tuple] | None = None
+        self.sized = False
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
         self._known = Known(shortcut.mode)
+        self._looked_at: list[tuple[Tensor, str]] = []
         self._stack: list[str] = []
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
@@ -227,15 +239,33 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
-        answered = self._answer(func, args, kwargs) if asks(func) else None
+        given = tensors_in([*args, *kwargs.values()])
+        answered = self._answer(func, args, kwargs, given) if asks(func) else None
         if answered is None:
             out = self._run(func, args, kwargs)
         else:
             args, out = answered
+        self._known.note(func, args, kwargs, given, tensors_in([out]))
+        if self.held is None:
+            self._note(func, args, kwargs, out)
+        else:
+            self.held.append((func, args, kwargs, out, self.module))
+        return out
+
+    def note_held(self, held: list[tuple]) -> None:
+        """State the equations of calls that were held back."""
+        for *call, module in held:
+            self._stack.append(module)
+            self._note(*call)
+            self._stack.pop()
+        self._freeze_looked_at()
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """State the equations of a call and put it on the tape."""
         call = Call(self, func, args, kwargs, out)
-        self._known.note(func, args, kwargs, call.tensors, call.outputs)
         if not call.outputs:
-            return out
+            return
+        self.sized = self.sized or self.sizes_matter(call)
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.visited.setdefault(self._names[id(tensor)], len(self.visited))
@@ -244,7 +274,6 @@ class Recorder(TorchDispatchMode):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
-        return out
 
     def _rule(self, call: Call) -> list[Dims]:
         """Return the dimensions of a call's outputs; where the rule fails, nothing that it touches may be cut."""
@@ -262,21 +291,26 @@ class Recorder(TorchDispatchMode):
                 freeze(dim.axis, why)
         return [[Dim(leaf(size, why)) for size in tensor.shape] for tensor in call.outputs]
 
-    def _answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Any] | None:
+    def _answer(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> tuple[tuple, Any] | None:
         """Return the arguments and the result of an operator that looks at the values of constants.
 
-        What the code learns from them it would not learn from a cut constant, so they stay whole.  What it learns of
-        data that are whole is the same at any size.
+        What the code learns from them it would not learn from a cut constant, so they stay whole.  That nothing is
+        broken holds for the cut network too.
         """
-        given = tensors_in([*args, *kwargs.values()])
         answered = self._known.answer(func, args, kwargs, given)
-        if answered is None or (isinstance(answered[1], bool) and self._known.guards(given)):
-            return answered
-        looked = [tensor for tensor in given if self._known.knows(tensor)]
-        for tensor in self._known.sources(looked):
-            for dim in self.dims(tensor):
-                freeze(dim.axis, f"code in `{self.module or type(self.model).__name__}` looks at its values")
+        if answered is not None and not (isinstance(answered[1], bool) and self._known.guards(given)):
+            why = f"code in `{self.module or type(self.model).__name__}` looks at its values"
+            looked = [tensor for tensor in given if self._known.knows(tensor)]
+            self._looked_at += [(tensor, why) for tensor in self._known.sources(looked)]
+            if self.held is None:
+                self._freeze_looked_at()
         return answered
+
+    def _freeze_looked_at(self) -> None:
+        for tensor, why in self._looked_at:
+            for dim in self.dims(tensor):
+                freeze(dim.axis, why)
+        self._looked_at = []
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""

@@ -29,6 +29,7 @@ from prunelab.tracing.outputs import result_tensors
 from prunelab.tracing.recorder import Dim, Op, Recorder
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
+from prunelab.tracing.sizes import depends_on_size, others
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +198,7 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
-    recorder = Recorder(copy, apply_rule, Shortcut(mode))
+    recorder = Recorder(copy, apply_rule, Shortcut(mode), depends_on_size)
     sparse = next((name for name in recorder.parameters if name.endswith(".mask") and "parametriz" in name), None)
     if sparse is not None:
         module = sparse.partition(".parametrizations.")[0]
@@ -211,10 +212,14 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
         raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
     if any(name not in recorder.visited for name in recorder.learned):
         results += _run_in_training(copy, args, kwargs, mode, recorder)
+    used = _used(recorder.tape, results)
+    if recorder.sized:
+        again, other = _run_at_another_size(copy.eval(), (args, kwargs), mode, recorder)
+        results += again
+        used |= other
     for tensor in results:
         for dim in recorder.dims(tensor):
             freeze(dim.axis, "the model's output")
-    used = _used(recorder.tape, results) if recorder.conditions else set()
     for outputs, dims, reason in recorder.conditions:
         for dim in dims if any(id(tensor) in used for tensor in outputs) else []:
             freeze(dim.axis, reason)
@@ -251,6 +256,41 @@ def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
             used.update(id(tensor) for tensor in op.tensors)
             used.update(id(tensor) for tensor in op.outputs)
     return used
+
+
+def _run_at_another_size(
+    copy: nn.Module, inputs: tuple, mode: Any, recorder: Recorder
+) -> tuple[list[Tensor], set[int]]:
+    """Trace the model onto the same axes at the first other size at which it runs.
+
+    Returns:
+        What it returned, and the ``id`` of every tensor that this depends on; nothing if it runs at no other size.
+    """
+
+    def make(tensor: Tensor, shape: list[int]) -> Tensor:
+        return mode.make(torch.empty(shape, dtype=tensor.dtype, device="meta"), tensor.device)
+
+    flops, length = list(recorder.flops), len(recorder.tape)
+    for args, kwargs in others(inputs, make):
+        recorder.held = []
+        try:
+            out = _run(copy, args, kwargs, mode, recorder)
+        except TraceError:
+            continue
+        finally:
+            held, recorder.held = recorder.held, None
+        if any(torch.Tag.inplace_view in func.tags for func, *_ in held):
+            return [], set()  # shapes are not what they were when these were called
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
+        recorder.note_held(held)
+        results = result_tensors(out)
+        used = _used(recorder.tape[length:], results)
+        del recorder.tape[length:]
+        recorder.flops = flops
+        return results, used
+    return [], set()
 
 
 def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> list[Tensor]:
