@@ -22,6 +22,7 @@ _OURS = str(Path(__file__).parent.parent)
 _RUNS = (str(Path(_OURS, "tracing")), str(Path(_OURS, "replay")))
 _OTHERS = (str(Path(torch.__file__).parent), *_RUNS)
 """Where code lives that no user wrote."""
+_STARTS = (str(Path(_OURS, "tracing", "trace.py")), str(Path(_OURS, "replay", "tape.py")))
 
 _APART = (
     "put that code behind a flag that is off while you trace and cut, or trace a part of the model that does without "
@@ -56,7 +57,6 @@ def failed(model: torch.nn.Module, error: BaseException, module: str, operator: 
         module: qualified name of the module that ran.
         operator: the operator that failed; ``None`` where it was none.
     """
-    module = module or _module_of(error.__traceback__, model)
     line = _running_line() if operator else _raising_line(error.__traceback__)
     place = f" ({line})" if line else ""
     if operator is None:
@@ -81,22 +81,12 @@ def failed(model: torch.nn.Module, error: BaseException, module: str, operator: 
     return f"{what} failed: {name}{first_line(error)}. Check that the model runs on the example inputs."
 
 
-def _module_of(trace: TracebackType | None, model: torch.nn.Module) -> str:
-    """Return the innermost module whose code an error went through, ``""`` for the model itself."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = ""
-    while trace is not None:
-        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
-        trace = trace.tb_next
-    return found
-
-
 def _running_line() -> str:
     """Return the innermost line of the user's code that runs now, the model's own at most."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_RUNS) and frame.f_code.co_name == "_run" and "copy" in frame.f_locals:
+        if _starts_model(frame):
             return ""
         if not _is_skipped(name):
             return _line(name, frame.f_lineno)
@@ -109,11 +99,16 @@ def _raising_line(trace: TracebackType | None) -> str:
     found = ""
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if name.startswith(_RUNS) and trace.tb_frame.f_code.co_name == "_run":
+        if _starts_model(trace.tb_frame):
             found = ""  # up to here it was not the model's code
         found = found if _is_skipped(name) else _line(name, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+def _starts_model(frame: FrameType) -> bool:
+    """Tell whether a frame is the one that calls the model; it is asked for no locals, which would keep it alive."""
+    return frame.f_code.co_name == "_run" and frame.f_code.co_filename in _STARTS
 
 
 def _is_skipped(name: str) -> bool:

@@ -64,6 +64,7 @@ class RealAxes(TorchDispatchMode):
         self.recorder = self
         axes = (dim.axis for dims in graph.dims.values() for dim in dims)
         twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
+        self._held = [tensor for _, tensor in named_tensors(model)]  # a model may drop a buffer, and its id goes on
         for name, tensor in named_tensors(model):
             self._names[id(tensor)] = name
             self.know(tensor, [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]])

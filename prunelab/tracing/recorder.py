@@ -5,10 +5,11 @@ Flows in: a fake model and a rule for operators.  Flows out: a tape of calls, an
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -192,6 +193,7 @@ class Recorder(TorchDispatchMode):
         self._known = Known(shortcut.mode)
         self._looked_at: list[tuple[Tensor, str]] = []
         self._stack: list[str] = []
+        self._failed_in: list[str] = []
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
@@ -208,6 +210,11 @@ class Recorder(TorchDispatchMode):
     def module(self) -> str:
         """Qualified name of the module whose ``forward`` runs now."""
         return self._stack[-1] if self._stack else ""
+
+    @property
+    def failed_in(self) -> str:
+        """Qualified name of the module out of which the last error came."""
+        return self._failed_in[0] if self._failed_in else self.module
 
     def know(self, tensor: Tensor, dims: Dims) -> None:
         """Keep the axes of a tensor (and the tensor, so that its identity stays its own)."""
@@ -226,13 +233,19 @@ class Recorder(TorchDispatchMode):
 
     def _watch_modules(self) -> None:
         """Follow which module runs, by hooks on the fake copy; they know the stack alone, so that no cycle is made."""
-        stack = self._stack
+        stack, failed_in = self._stack, self._failed_in
+
+        def enter(*_: Any, name: str) -> None:
+            stack.append(name)
+            failed_in.clear()
 
         def leave(*_: Any) -> None:
-            stack.pop()
+            name = stack.pop()
+            if sys.exc_info()[0] is not None and not failed_in:
+                failed_in.append(name)
 
         for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+            module.register_forward_pre_hook(partial(enter, name=name))
             module.register_forward_hook(leave, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

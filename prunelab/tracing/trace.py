@@ -241,7 +241,7 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
     except TraceError:
         raise
     except Exception as error:
-        why = failed(copy, error, recorder.module)
+        why = failed(copy, error, recorder.failed_in)
         raise TraceError(f"{type(copy).__name__} cannot be traced: {why}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
