@@ -288,6 +288,26 @@ def test_what_did_not_run_and_may_no_longer_fit_is_named():
         pl.apply(model, plan, backend="module")
 
 
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out, self.norm, self.more = nn.Linear(6, 24), nn.Linear(24, 5), nn.LayerNorm(24), nn.Linear(3, 24)
+        self.scale = nn.Parameter(torch.ones(24))
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        y = self.a(x)
+        return self.out(y if extra is None else self.norm(y) * self.scale + self.more(extra))
+
+
+def test_what_an_optional_input_would_run_is_named():
+    model = Optional().eval()
+    plan = random_plan(model, torch.ones(2, 6))
+    with pytest.warns(UserWarning, match="`norm` did not run in the trace"):
+        pl.apply(model, plan, backend="module")
+    both = (torch.ones(2, 6), torch.ones(2, 3))
+    pl.apply(model, random_plan(model, both), backend="module")
+
+
 def test_what_did_not_run_and_is_of_another_width_is_not_worth_a_word():
     model = TwoEntries(23).eval()
     pl.apply(model, random_plan(model, torch.ones(2, 6)), backend="module")
