@@ -40,7 +40,7 @@ def test_a_model_without_memory_is_cut_without_any():
     with torch.device("meta"):
         model = pl.zoo.resnet20()
     plan = pl.plan(pl.criteria.Random()(pl.trace(model, torch.empty(1, 3, 32, 32))), flops=0.5)
-    small = pl.apply(model, plan)
+    small = pl.apply(model, plan, check=False)
     assert all(parameter.is_meta for parameter in small.parameters())
     assert pl.count(small, torch.empty(1, 3, 32, 32)).flops == pytest.approx(
         plan.budget["kept"]["flops"] * 81.6e6, rel=0.02

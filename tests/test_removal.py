@@ -72,7 +72,7 @@ CODE = {
     "in place": (lambda m, x: x.sub_(1).exp_().sum(-1, keepdim=True), 1),
     "written into": (lambda m, x: _written(x).sum(-1, keepdim=True), 1),
     "a mean over all": (lambda m, x: x.sigmoid().mean() * x, 12),
-    "weights alone": (lambda m, x: x * m.scale * (m.scale.exp() @ m.shift), 12),
+    "weights alone": (lambda m, x: x * m.scale * (m.scale.exp() * m.shift).sum(), 12),
     "a view of what is overwritten": (lambda m, x: _overwritten(x).sum(-1, keepdim=True), 1),
 }
 

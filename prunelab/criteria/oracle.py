@@ -23,6 +23,7 @@ from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import Change, Changes
+from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.tracing.axes import Axis, leaves
 from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import copied, forget
@@ -146,11 +147,16 @@ class _Replay:
         numbers = self.reached.get(id(leaf), [])
         changed = {number: changes.of(self.calls[number]) for number in numbers}
         known = self.known[: numbers[0] if numbers else len(self.known)]
-        touched = {m.name: parameters[m.name] for m in group.members if m.name in parameters}
+        lengths = folded(graph, kept, parameters)
+        scaled = scaled_rows(graph)
+        names = [*lengths, *(member.name for member in group.members)]
+        touched = {name: parameters[name] for name in names if name in parameters}
         saved = {name: parameter.clone() for name, parameter in touched.items()}
         try:
+            for name, length in lengths.items():
+                parameters[name].copy_(length)
             for member in group.members:
-                if member.name in touched:
+                if member.name in touched and (member.name, member.dim) not in scaled:
                     gone = (~kept.mask(graph.dims[member.name][member.dim].axis)).nonzero().flatten()
                     touched[member.name].index_fill_(member.dim, gone.to(touched[member.name].device), 0)
             with _Calls(self.in_place if self.known else set(), known, changed):

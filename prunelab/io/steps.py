@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,6 +20,7 @@ from prunelab.factorization.factorized import Factorized
 from prunelab.planning.plan import Plan
 from prunelab.sparsity.masks import Sparsified
 from prunelab.surgery.apply import PLANS, apply
+from prunelab.tracing import fakes
 
 Step = Plan | Factorized | Sparsified
 
@@ -36,7 +38,10 @@ def plain(model: nn.Module) -> tuple[dict[str, Any], ...]:
         DataError: the example inputs of a plan are no plain data.
         TypeError: something else is no plain data.
     """
-    steps: list[Step] = getattr(model, PLANS, [])
+    steps: list[Step] = [
+        replace(step, inputs=fakes.shapes_only(step.inputs)) if isinstance(step, Plan) else step
+        for step in getattr(model, PLANS, [])
+    ]
     for step in steps:
         if isinstance(step, Plan):
             check_inputs(step.inputs)
@@ -69,7 +74,7 @@ def redo(model: nn.Module, step: Step) -> nn.Module:
     if not isinstance(step, Plan):
         return step.redo(model)
     backend = step.budget.get("backend", "module")
-    return apply(model, step, inplace=backend == "module", backend=backend)
+    return apply(model, step, inplace=backend == "module", backend=backend, check=False)  # it was, when it was made
 
 
 def check_inputs(inputs: Any) -> None:

@@ -8,16 +8,16 @@ understood here is an error once a tensor that it meets is cut.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import PlanError
 from prunelab.replay.calls import batch_norm_in_mode
+from prunelab.replay.plain import plain
 from prunelab.replay.sizes import Varying
 from prunelab.replay.step import Step
 from prunelab.replay.tape import Ref, Row
@@ -28,53 +28,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-HARMLESS = {"dim", "dims", "dim0", "dim1", "kernel_size", "stride", "padding", "dilation", "output_padding", "pad"}
-HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor", "downscale_factor", "padding_idx"}
-HARMLESS |= {"correction", "memory_format", "divisor_override"}
-"""Integers that stay as they are when channels are cut: places, and sizes in space."""
-
-UNKNOWN = {"new_empty_strided", "empty_strided", "unfold", "im2col", "col2im"}
-"""Operators whose integers follow the layout in memory."""
-
-
 # ── rules ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def plain(step: Step, harmless: Collection[str] = HARMLESS) -> None:
-    """Call the operator as it was recorded; sizes of the result follow the cut."""
-    row, schema = step.row, step.row.func._schema
-    results = [step.out(place) for place in row.shapes]
-    tensors = [value for value in tree_leaves((row.args, row.kwargs)) if isinstance(value, Ref)]
-    cut = any(step.was(ref) != step.stays(ref) for ref in (*tensors, *results))
-    if cut and step.name in UNKNOWN:
-        raise PlanError(f"{step.where} has no rule in the graph back end, so nothing was cut: ignore that module.")
-    given: list[Any] = []
-    named: dict[str, Any] = {}
-    for place, argument in enumerate(schema.arguments):
-        if place >= len(row.args) and argument.name not in row.kwargs:
-            continue
-        value = step[argument.name]
-        if argument.name == "size" and isinstance(value, (list, tuple)):
-            value = step.size(results[0])
-        else:
-            numbers = any(type(part) in (int, Varying) for part in tree_leaves(value))
-            integers = numbers and "int" in str(argument.type).lower()  # a Scalar is a "number"
-            if cut and integers and argument.name not in harmless and torch.Tag.pointwise not in row.func.tags:
-                raise PlanError(
-                    f"{step.where} takes an integer `{argument.name}` that the graph back end cannot follow through "
-                    "a cut, so nothing was cut: ignore that module."
-                )
-            value = step.builder.argument(value)
-        if place < len(row.args):
-            given.append(value)
-        else:
-            named[argument.name] = value
-    if -1 in row.shapes:
-        step.give(row.func, *given, **named)
-        return
-    several = step.builder.call(row.func, *given, **named)
-    for place in row.shapes:
-        step.give(operator.getitem, several, place, place=place)
 
 
 def view(step: Step) -> None:
@@ -121,7 +75,8 @@ def slice_(step: Step) -> None:
         raise PlanError(f"{step.where} cannot follow a cut, so nothing was cut: ignore that module.")
     kept = step.builder.mask(source, dim)
     bounds = [int(kept[:place].sum()) for place in slice(start, end).indices(len(kept))[:2]]
-    step.give(aten.slice.Tensor, step.builder.node(source), dim, *bounds)
+    part = [step.builder.node(step["src"])] if "src" in step.values else []
+    step.give(step.row.func, step.builder.node(source), *part, dim, *bounds)
 
 
 def split(step: Step) -> None:
@@ -163,6 +118,11 @@ def matmul(step: Step) -> None:
         return
     parts = (step["mat1"], made.args[0], step["self"]) if biased else (step["self"], made.args[0], None)
     step.give(F.linear, *(step.builder.node(part) for part in parts))
+
+
+def linear(step: Step) -> None:
+    """A linear layer, by its common name."""
+    step.give(F.linear, *(step.builder.node(step[name]) for name in ("input", "weight", "bias")))
 
 
 def attention(step: Step) -> None:
@@ -210,7 +170,8 @@ def batch_norm(step: Step) -> None:
     )
     momentum: Any = step.values.get("momentum", step.values.get("exponential_average_factor"))
     eps = step.values.get("eps", step.values.get("epsilon"))
-    builder, always = step.builder, step.values.get("training", mean is None)
+    builder, updates = step.builder, step.name == "_batch_norm_with_update"
+    always = step.values.get("training", updates or mean is None)
     node = [builder.node(value) for value in (x, mean, variance, weight, bias)]
     if always or not isinstance(mean, Ref) or mean.kind != "tensor":
         step.give(F.batch_norm, *node, always, momentum, eps, place=0)
@@ -227,6 +188,44 @@ def shuffle(step: Step) -> None:
     step.give(aten.channel_shuffle.default, step.builder.node(source), step.builder.kept.size(outer))
 
 
+def padding(step: Step) -> None:
+    """Padding with a constant may also drop entries: of a cut dimension, as many as are left of them."""
+    source = step["self"]
+    amounts = list(step["pad"])
+    for back in range(len(amounts) // 2):
+        dim = len(step.was(source)) - 1 - back
+        if step.was(source)[dim] != step.stays(source)[dim] and any(type(n) is int and n < 0 for n in amounts):
+            kept = step.builder.mask(source, dim)
+            first, last = amounts[2 * back : 2 * back + 2]
+            amounts[2 * back] = -int(kept[:-first].sum()) if first < 0 else first
+            amounts[2 * back + 1] = -int(kept[last:].sum()) if last < 0 else last
+    step.give(step.row.func, step.builder.node(source), step.builder.argument(amounts), step["value"])
+
+
+def windows(step: Step) -> None:
+    """Pieces of a dimension that is not cut."""
+    plain(step, {"dimension", "size", "step"})
+
+
+def recurrent(step: Step) -> None:
+    """A recurrent layer, whose state is not cut."""
+    plain(step, {"mode", "hidden_size", "num_layers", "proj_size", "batch_sizes", "weight_stride0"})
+
+
+def sampling_grid(step: Step) -> None:
+    """The size is that of an image, of which only height and width matter."""
+    size = [step.number_of(value, 0, 0) for value in step["size"]]
+    step.give(step.row.func, step.builder.node(step["theta"]), size, step["align_corners"])
+
+
+def deformable(step: Step) -> None:
+    """With as many groups as are left; the rest is about space."""
+    x, weight = step["input"], step["weight"]
+    groups = step.stays(x)[1] // step.stays(weight)[1]
+    values = [groups if name == "groups" else step.builder.argument(value) for name, value in step.values.items()]
+    step.give(step.row.func, *values)
+
+
 def fresh(step: Step) -> None:
     """A constant written in the code, made anew in every call, since code may write to it."""
     step.give(aten.clone.default, step.builder.node(step["self"]))
@@ -238,18 +237,24 @@ RULES: dict[Rule, str] = {
     view: "view _unsafe_view _reshape_alias",
     stride: "as_strided",
     repeat: "repeat",
-    slice_: "slice",
+    slice_: "slice slice_scatter",
     split: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
     convolution: "convolution _convolution",
     matmul: "mm addmm",
+    linear: "linear",
     attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps",
     norm_over: "native_layer_norm _fused_rms_norm",
     group_norm: "native_group_norm",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm _batch_norm_with_update",
     shuffle: "channel_shuffle native_channel_shuffle",
+    padding: "constant_pad_nd",
+    windows: "unfold",
+    recurrent: "mkldnn_rnn_layer _cudnn_rnn _lstm_mps",
+    sampling_grid: "affine_grid_generator",
+    deformable: "torchvision::deform_conv2d",
     fresh: "lift_fresh lift_fresh_copy",
 }
 """The table; operators that are not in it are called as they were (``plain``)."""

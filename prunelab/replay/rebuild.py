@@ -30,8 +30,10 @@ from prunelab.replay.inputs import Sizes
 from prunelab.replay.sizes import batch_of, choices, resized, with_batch
 from prunelab.replay.step import Inexpressible
 from prunelab.replay.tape import record
-from prunelab.surgery.apply import PLANS, apply, masks, open_plan
+from prunelab.surgery.apply import PLANS, apply, example_for, masks, open_plan
+from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import layer_type
+from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 from prunelab.tracing.recorder import first_line, named_tensors
@@ -72,7 +74,7 @@ class Replayed(fx.GraphModule):
         raise PlanError("A module rebuilt from operators cannot be pickled: write it with pl.save.")
 
 
-def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
+def replay(model: nn.Module, plan: Plan, compensate: How = None, *, check: bool = True) -> Replayed:
     """Return ``model`` without the units that ``plan`` removes, as a graph of the operators it calls.
 
     The batch size is free, and so are image sizes on which no number in the model's code depends but sizes of tensors:
@@ -83,6 +85,7 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
         model: the model that the plan was made for; it stays as it is.
         plan: what goes.
         compensate: as for ``apply``.
+        check: as for ``apply``.
 
     Raises:
         PlanError: the plan does not fit the model, or the graph would not give the shapes that the plan says.
@@ -90,12 +93,13 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
     Cost: eight to ten runs on tensors without data.
     """
     builder = _built(model, plan)
-    fresh = {} if compensate is None else make_up(model, plan, builder.source, builder.kept, compensate)
-    root = _skeleton(model, builder, fresh)
-    module = Replayed(root, builder.nodes, f"Replayed{type(model).__name__}")
-    module.input_sizes, module.result_structure = builder.sizes, builder.tapes[0].spec
-    module.training = model.training
+    module = _module(model, builder, {})
     _rehearse(module, plan.inputs, builder)
+    example = example_for(model, plan, builder.source, builder.kept) if check else None
+    if example is not None:
+        example.check(module)
+    if compensate is not None:
+        module = _module(model, builder, make_up(model, plan, builder.source, builder.kept, compensate))
     if not any(size is None for sizes in builder.sizes.values() for size in sizes):
         warnings.warn(
             f"{type(model).__name__} was rebuilt for inputs of exactly the sizes {builder.sizes}: its code computes "
@@ -104,6 +108,13 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
         )
     remembered = dataclasses.replace(plan, budget={**plan.budget, "backend": "graph"})
     setattr(module, PLANS, [*getattr(model, PLANS, []), remembered])
+    return module
+
+
+def _module(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]) -> Replayed:
+    module = Replayed(_skeleton(model, builder, refitted), builder.nodes, f"Replayed{type(model).__name__}")
+    module.input_sizes, module.result_structure = builder.sizes, builder.tapes[0].spec
+    module.training = model.training
     return module
 
 
@@ -134,7 +145,9 @@ def _built(model: nn.Module, plan: Plan) -> Builder:
     raise AssertionError("with fixed sizes every number is what it was")
 
 
-def route(model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, compensate: How = None) -> nn.Module:
+def route(
+    model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, compensate: How = None, check: bool = True
+) -> nn.Module:
     """Rebuild the model from its operators (``"graph"``), or only where its own class cannot be cut (``"auto"``).
 
     A model that is a graph already, and a plan that was carried out in this way before, need no second attempt.
@@ -147,14 +160,14 @@ def route(model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, 
     if backend == "graph" or (known and not inplace):
         if inplace:
             raise PlanError("inplace=True cannot be had with backend='graph', which makes a new module.")
-        return replay(model, plan, compensate)
+        return replay(model, plan, compensate, check=check)
     try:
-        return apply(model, plan, inplace=inplace, backend="module", compensate=compensate)
+        return apply(model, plan, inplace=inplace, backend="module", compensate=compensate, check=check)
     except PlanError as error:
         if inplace:
             raise
         try:
-            rebuilt = replay(model, plan, compensate)
+            rebuilt = replay(model, plan, compensate, check=check)
         except PlanError as other:
             raise error from other
         reason = str(error).replace(", so nothing was cut", "")
@@ -173,9 +186,10 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
     """Return plain modules, nested as in the model, that hold its parameters and buffers, refitted and cut."""
     tensors = dict(named_tensors(model))
     fresh = {name: refitted.get(name, tensor).detach() for name, tensor in tensors.items()}
+    fresh |= folded(builder.source, builder.kept, fresh)
     for name, place, mask in masks(builder.source, builder.kept):
         index = mask.nonzero().flatten().to(fresh[name].device)
-        fresh[name] = fresh[name].index_select(place, index)
+        fresh[name] = laid_out_like(fresh[name].index_select(place, index), tensors[name])
     made: dict[int, Any] = {}
     for name, old in tensors.items():
         new = fresh[name].clone()

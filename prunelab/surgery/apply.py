@@ -5,7 +5,9 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,10 +18,14 @@ from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
 from prunelab.planning.plan import Plan
+from prunelab.surgery.agreement import Example, has_data
 from prunelab.surgery.constants import ScaleFix, scale_fixes
+from prunelab.surgery.integers import compare_integers
+from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
 from prunelab.surgery.unused import warn_of_unused
+from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.groups import VIEWS
@@ -36,11 +42,13 @@ def apply(
     inplace: bool = False,
     backend: Literal["auto", "module", "graph"] = "auto",
     compensate: Compensation | Statistics | Batches | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Return ``model`` without the units that ``plan`` removes.
 
     Parameters and buffers are indexed, sizes that layers and the model's own code keep as integers are set, and the
-    result is traced again on tensors without data: every operator must give the shape that the plan says.
+    result is traced again on tensors without data: every operator must give the shape that the plan says.  Then the cut
+    network and ``pl.masked`` run once, in eval mode, and must give the same.
 
     Args:
         model: the model that the plan was made for, in any mode and on any device.
@@ -49,6 +57,8 @@ def apply(
         backend: ``"module"`` keeps the model's class and cuts it; ``"graph"`` rebuilds the model from the operators it
             calls (``replay``); ``"auto"`` does the first where it is right, else the second, with a warning.
         compensate: batches, statistics or ``Compensation``: what is left is refitted to make up for what goes.
+        check: compare the cut network with ``pl.masked`` by value, on an input of the traced shape: two forward passes,
+            and a copy of the model.  Without data (on the meta device) that is left out, with a warning.
 
     Returns:
         The smaller model: of the same class or a ``torch.fx.GraphModule``, in the same mode, on the same device.
@@ -63,7 +73,7 @@ def apply(
     if backend != "module":
         from prunelab.replay.rebuild import route  # which needs this module
 
-        return route(model, plan, backend, inplace=inplace, compensate=compensate)
+        return route(model, plan, backend, inplace=inplace, compensate=compensate, check=check)
     touched = {name for cut in plan.cuts for name, _ in cut.members}
     rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
     graph, kept = open_plan(rehearsal, plan)
@@ -72,13 +82,37 @@ def apply(
         after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
     except TraceError as error:
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
-    fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
-    fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-    target = free(fakes.forget(model if inplace else fakes.copied(model)), touched)
-    _cut(target, graph, kept, fixes, fresh)
+    pairs = compare(graph, after, kept.size)
+    compare_integers(graph, after, kept, pairs)
+    fixes = scale_fixes(graph, kept.size, pairs)
+    target = None
+    if check and (example := example_for(model, plan, graph, kept)) is not None:
+        target = free(fakes.forget(fakes.copied(model)), touched)
+        _cut(target, graph, kept, fixes)
+        example.check(target)
+    if target is None or inplace or compensate is not None:
+        fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
+        target = free(fakes.forget(model if inplace else fakes.copied(model)), touched)
+        _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     warn_of_unused(model, graph, kept.size)
     return target
+
+
+def example_for(model: nn.Module, plan: Plan, graph: DependencyGraph, kept: Kept) -> Example | None:
+    """Return what a cut network is compared by; ``None``, with a warning, if the model has no data."""
+    from prunelab.surgery.silence import silenced  # which needs ``Kept``
+
+    if not kept.masks:
+        return None
+    if not has_data(model):
+        warnings.warn(
+            f"The cut {type(model).__name__} was not compared with pl.masked: its weights have no data. Compare them "
+            "once it has, or pass check=False.",
+            stacklevel=4,
+        )
+        return None
+    return Example(partial(silenced, model, graph, kept), plan.inputs)
 
 
 class Kept:
@@ -158,6 +192,7 @@ def _cut(
             scale = torch.ones(source.shape[0], dtype=source.dtype, device=source.device)
             scale[fix.rows.to(source.device)] = fix.factor
             fresh[fix.name] = source * scale.view(-1, *(1 for _ in source.shape[1:]))
+        fresh |= folded(graph, kept, tensors | fresh)
         for name, place, mask in masks(graph, kept):
             source = fresh.get(name, tensors[name])
             fresh[name] = fakes.select(source, place, mask.nonzero().flatten())
@@ -171,11 +206,13 @@ def _replace(model: nn.Module, fresh: dict[int, Tensor]) -> None:
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) in fresh:
-                new = made.setdefault(id(old), fakes.as_parameter(fresh[id(old)].contiguous(), old.requires_grad))
+                new = made.setdefault(
+                    id(old), fakes.as_parameter(laid_out_like(fresh[id(old)], old), old.requires_grad)
+                )
                 module._parameters[name] = new  # type: ignore[assignment]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and id(buffer) in fresh:
-                module._buffers[name] = fresh[id(buffer)].contiguous()
+                module._buffers[name] = laid_out_like(fresh[id(buffer)], buffer)
 
 
 # ── sizes that code keeps as integers ─────────────────────────────────────────────────────────────────────────────

@@ -88,6 +88,44 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(mask.shape).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask
 
 
+class FreeEncoder(nn.TransformerEncoder):
+    """``nn.TransformerEncoder`` whose layers need not take nested tensors.
+
+    Without gradients, in eval mode, PyTorch's own packs the tokens that a padding mask leaves into a nested tensor, if
+    the mask leaves out nothing but ends.  After the layers the places of the others are zero.  So they are here.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        out = super().forward(src, mask, src_key_padding_mask, is_causal)
+        if src_key_padding_mask is None or not self._packs(src, mask, src_key_padding_mask):
+            return out
+        nothing = torch.zeros_like(out)
+        nothing = nothing if self.norm is None else self.norm(nothing)
+        return torch.where(_additive(src_key_padding_mask, src).ne(0)[..., None], nothing, out)
+
+    def _packs(self, src: Tensor, mask: Tensor | None, padding: Tensor) -> bool:
+        """Tell whether PyTorch's own encoder packs this batch."""
+        asked = torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters()))
+        allowed = torch.backends.mha.get_fastpath_enabled() and not (asked or torch.is_autocast_enabled())
+        if not allowed or mask is not None or src.dim() != 3 or self.layers[0].training or src.device.type == "mps":
+            return False
+        checked = getattr(self, "mask_check", True)
+        return not checked or torch._nested_tensor_from_mask_left_aligned(src, padding.logical_not())
+
+
+def pack_by_hand(encoder: nn.Module) -> None:
+    """Swap, in place, the class of an encoder that packs batches, if it is one."""
+    if type(encoder) is nn.TransformerEncoder and getattr(encoder, "use_nested_tensor", False):
+        encoder.__class__ = FreeEncoder
+        encoder.use_nested_tensor = False
+
+
 class FreeWindowAttention(ShiftedWindowAttention):
     """torchvision's ``ShiftedWindowAttention`` (Swin), for any number of heads of any width."""
 
@@ -197,4 +235,7 @@ def free(model: nn.Module, parameters: set[str]) -> nn.Module:
         touched = any(parameter.startswith(f"{name}." if name else "") for parameter in parameters)
         if touched and prepare(module):
             module.__class__ = stand_in
+    for module in model.modules():
+        if any(isinstance(part, FreeMultiheadAttention) for part in module.modules()):
+            pack_by_hand(module)
     return model

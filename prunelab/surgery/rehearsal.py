@@ -13,8 +13,11 @@ from prunelab.tracing.axes import Axis
 from prunelab.tracing.recorder import Op
 from prunelab.tracing.trace import DependencyGraph
 
-COPIES = ("clone", "contiguous", "alias", "detach")
-"""Whether one of these is needed depends on how tensors lie in memory, not on what is computed."""
+COPIES = ("clone", "contiguous", "alias", "detach", "as_strided", "as_strided_")
+"""Whether one of these is needed depends on how tensors lie in memory, not on what is computed.
+
+A view by strides that moves entries freezes all that it touches.
+"""
 
 Shapes = list[tuple[int, ...]]
 

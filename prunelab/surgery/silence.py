@@ -11,7 +11,7 @@ are left out wherever entries are added up or a mean or a variance is taken.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from prunelab.errors import PlanError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
+from prunelab.surgery.modules import pack_by_hand
+from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import copied, forget
+from prunelab.tracing.trace import DependencyGraph
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
@@ -52,12 +55,31 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     >>> torch.allclose(pl.masked(model, plan)(x), pl.apply(model, plan)(x), atol=1e-6)
     True
     """
-    graph, kept = open_plan(model, plan)
+    return silenced(model, *open_plan(model, plan))
+
+
+Seen = Callable[[str, list[Tensor]], None]
+
+
+def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | None = None) -> nn.Module:
+    """Return a copy of ``model`` in which nothing reads what does not stay.
+
+    Args:
+        model: the model, or one with the same parameters as the one that was traced.
+        graph: its trace.
+        kept: what stays.
+        seen: called with the name of every function and the kept entries of what it returns.
+    """
     silent = forget(copied(model))
+    for module in silent.modules():
+        pack_by_hand(module)  # while calls are watched, PyTorch does not pack batches by itself
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
+        for name, length in folded(graph, kept, parameters).items():
+            parameters[name].copy_(length)
+        scaled = scaled_rows(graph)
         for name, place, mask in masks(graph, kept):
-            if name in parameters:
+            if name in parameters and (name, place) not in scaled:
                 parameters[name].index_fill_(place, (~mask).nonzero().flatten().to(parameters[name].device), 0)
     running = threading.local()
 
@@ -67,7 +89,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.no_grad())
         modes.enter_context(axes)
-        modes.enter_context(Silence(axes, kept))
+        modes.enter_context(Silence(axes, kept, seen))
         running.all = [*getattr(running, "all", []), (axes, modes)]
 
     def stop(*_: Any) -> None:
@@ -87,22 +109,28 @@ class Silence(WatchedCalls):
     Args:
         axes: the axes of what the model computes; on for as long as this mode is.
         kept: what stays, by the leaves of the trace.
+        seen: as for ``silenced``.
     """
 
-    def __init__(self, axes: RealAxes, kept: Kept) -> None:
+    def __init__(self, axes: RealAxes, kept: Kept, seen: Seen | None = None) -> None:
         super().__init__(axes)
+        self.seen = seen
         self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
 
     def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """Return what the call returns in the cut network; removed entries of it may be anything."""
         change = self.changes.of(call)
-        if change is None:
-            return out
-        with self.axes.quiet():
-            new = change.make(func, args, kwargs)
-        for one, old in zip(tensors_of(new), tensors_of(out), strict=True):
-            self.axes.know(one, self.axes.dims(old))
-        return new
+        if change is not None:
+            old = tensors_of(out)
+            with self.axes.quiet():
+                out = change.make(func, args, kwargs)
+            for one, before in zip(tensors_of(out), old, strict=True):
+                self.axes.know(one, self.axes.dims(before))
+        if self.seen is not None:
+            with self.axes.quiet():
+                made = [restricted(one, map(self.changes.mask, self.axes.axes(one))) for one in tensors_of(out)]
+            self.seen(call.name, made)
+        return out
 
 
 Masks = tuple[Tensor | None, ...]
@@ -165,7 +193,7 @@ class Changes:
             return None
         change = {n: self._masks_of(one) for n, one in enumerate(call.given) if any(map(one.holds, gone))}
         counted = None
-        if any(self._mask(axis) is not None for axis in call.averaged):
+        if any(self.mask(axis) is not None for axis in call.averaged):
             if call.name not in WEIGHTED:
                 raise PlanError(
                     f"`{call.name}` takes a mean or a variance over units that are removed, in a way that prunelab "
@@ -181,13 +209,23 @@ class Changes:
         return Change(call.name, change, counted) if change or counted else None
 
     def _masks_of(self, given: Given) -> Masks:
-        return tuple(map(self._mask, given.axes))
+        return tuple(map(self.mask, given.axes))
 
-    def _mask(self, axis: Axis) -> Tensor | None:
+    def mask(self, axis: Axis) -> Tensor | None:
+        """Return which entries of an axis stay; ``None`` where all do."""
         if id(axis) not in self._masks:
             mask = self.kept.mask(axis) if self.kept.size(axis) != axis.size else None
             self._masks[id(axis)] = (axis, mask)
         return self._masks[id(axis)][1]
+
+
+def restricted(tensor: Tensor, masks: Iterable[Tensor | None]) -> Tensor:
+    """Return a copy of the entries that stay in all dimensions."""
+    tensor = tensor.detach().clone()
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            tensor = tensor.index_select(dim, mask.nonzero().flatten().to(tensor.device))
+    return tensor
 
 
 def zeroed(tensor: Tensor, masks: Masks, value: int = 0) -> Tensor:

@@ -118,8 +118,8 @@ def freeze(axis: Axis, reason: str) -> None:
         part.frozen = part.frozen or reason
 
 
-def unify(first: Axis, second: Axis, reason: str) -> None:
-    """Say that two axes are the same, entry by entry; freeze both, for ``reason``, where they cannot be."""
+def unify(first: Axis, second: Axis, reason: object) -> None:
+    """Say that two axes are the same, entry by entry; freeze both, for ``reason`` in words, where they cannot be."""
     try:
         _unify(first, second)
     except Mismatch as mismatch:

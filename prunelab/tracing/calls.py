@@ -8,11 +8,12 @@ Notebook 01_tracing says what removing a unit means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunelab.errors import PlanError
 from prunelab.tracing.axes import Axis, copies, find, leaf, leaves
-from prunelab.tracing.recorder import Call, Dim, Dims, is_parametric, named_tensors
+from prunelab.tracing.recorder import RESTRIDES, Call, Dim, Dims, is_parametric, named_tensors
 from prunelab.tracing.rules import apply_rule
 
 if TYPE_CHECKING:
@@ -35,6 +36,24 @@ class _Ignored(list):
 
     def append(self, value: Any) -> None:
         """Do nothing."""
+
+    def __iadd__(self, values: Iterable[Any]) -> _Ignored:
+        return self
+
+
+def innermost(modules: Mapping[int, str]) -> str | None:
+    """Return the name of the innermost module whose code runs, ``None`` if none does.
+
+    Args:
+        modules: ``id`` of a module -> its name.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = modules.get(id(frame.f_locals.get("self"))) if "self" in frame.f_code.co_varnames else None
+        if name is not None:
+            return name
+        frame = frame.f_back
+    return None
 
 
 class RealAxes(TorchDispatchMode):
@@ -54,20 +73,28 @@ class RealAxes(TorchDispatchMode):
     def __init__(self, model: nn.Module, graph: DependencyGraph) -> None:
         super().__init__()
         self.model, self.graph = model, graph
-        self.module = ""
-        self.marks, self.sizes, self.ties, self.conditions, self.flops = (_Ignored() for _ in range(5))
+        self.tape = ()
+        self.marks, self.sizes, self.ties, self.conditions = (_Ignored() for _ in range(4))
+        self.flops, self.made, self.weight_norms = (_Ignored() for _ in range(3))
         self.reduced: list[Axis] = []
         self.contracted: list[Axis] = []
+        self.parameters: dict[str, Dims] = {}
         self._names: dict[int, str] = {}
         self._dims = WeakIdKeyDictionary()
         self._quiet = False
-        self.recorder = self
+        self._modules = {id(module): name for name, module in model.named_modules()}
         axes = (dim.axis for dims in graph.dims.values() for dim in dims)
         twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
         self._held = [tensor for _, tensor in named_tensors(model)]  # a model may drop a buffer, and its id goes on
         for name, tensor in named_tensors(model):
             self._names[id(tensor)] = name
-            self.know(tensor, [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]])
+            self.parameters[name] = [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]]
+            self.know(tensor, self.parameters[name])
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module whose code runs now."""
+        return innermost(self._modules) or ""
 
     def know(self, tensor: Tensor, dims: Dims) -> None:
         """Say what the axes of a tensor are."""
@@ -100,10 +127,11 @@ class RealAxes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        strides = args[0].stride() if func in RESTRIDES else ()
         out = func(*args, **kwargs)
         if self._quiet or func.namespace == "prim":
             return out
-        call = Call(self, func, args, kwargs, out)  # type: ignore[arg-type]
+        call = Call(self, func, args, kwargs, out, strides)  # type: ignore[arg-type]
         if not call.outputs:
             return out
         computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)

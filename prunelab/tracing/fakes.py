@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -262,10 +262,21 @@ def fake_inputs(inputs: Inputs, mode: FakeMode, model: nn.Module) -> tuple[tuple
     raise BatchError(f"example_inputs is a {type(inputs).__name__}; give a tensor, a tuple of them, or a dict by name.")
 
 
+KEPT_VALUES = 4096
+"""How many whole numbers of an example input are kept, so that the model can be run on them again."""
+
+
 def describe_inputs(inputs: Inputs) -> Any:
-    """Return example inputs as plain data, from which ``recall_inputs`` makes inputs of the same shapes."""
+    """Return example inputs as plain data, from which ``recall_inputs`` makes inputs of the same shapes.
+
+    Of whole numbers (tokens, masks, places) the values are kept too: a model may not run on others.
+    """
     if isinstance(inputs, Tensor):
-        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        described: dict[str, Any] = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        whole = not (inputs.is_floating_point() or inputs.is_complex())
+        if whole and inputs.numel() <= KEPT_VALUES and not inputs.is_meta and not isinstance(inputs, FakeTensor):
+            described["values"] = inputs.tolist()
+        return described
     if isinstance(inputs, Mapping):
         return {"named": {name: describe_inputs(value) for name, value in inputs.items()}}
     if isinstance(inputs, (tuple, list)):
@@ -273,12 +284,46 @@ def describe_inputs(inputs: Inputs) -> Any:
     return {"value": inputs}
 
 
+def shapes_only(described: Any) -> Any:
+    """Return described inputs without the values that were kept, which belong to the user: for a file."""
+    if isinstance(described, list):
+        return [shapes_only(value) for value in described]
+    if isinstance(described, dict) and "named" in described:
+        return {"named": {name: shapes_only(value) for name, value in described["named"].items()}}
+    if isinstance(described, dict):
+        return {key: value for key, value in described.items() if key != "values"}
+    return described
+
+
 def recall_inputs(described: Any) -> Any:
     """Return inputs of the described shapes, without data, on the meta device."""
+    return _recalled(described, lambda shape, dtype, values: torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def example(described: Any, device: torch.device) -> Any:
+    """Return inputs of the described shapes with data: the values that were kept, else normal numbers, seeded.
+
+    Whole numbers that were not kept are zero, truth values ``True``.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def made(shape: list[int], dtype: torch.dtype, values: Any) -> Tensor:
+        if values is not None:
+            kept = torch.tensor(values, dtype=dtype, device=device)
+            if list(kept.shape) == shape:
+                return kept
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.full(shape, dtype == torch.bool, dtype=dtype, device=device)
+
+    return _recalled(described, made)
+
+
+def _recalled(described: Any, make: Callable[[list[int], torch.dtype, Any], Tensor]) -> Any:
     if isinstance(described, list):
-        return tuple(recall_inputs(value) for value in described)
+        return tuple(_recalled(value, make) for value in described)
     if "named" in described:
-        return {name: recall_inputs(value) for name, value in described["named"].items()}
+        return {name: _recalled(value, make) for name, value in described["named"].items()}
     if "shape" in described:
-        return torch.empty(described["shape"], dtype=getattr(torch, described["dtype"]), device="meta")
+        return make(list(described["shape"]), getattr(torch, described["dtype"]), described.get("values"))
     return described["value"]

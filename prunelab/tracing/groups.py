@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from prunelab.tracing.axes import Axis, find, fold, freeze, is_frozen, leaves
 from prunelab.tracing.recorder import Recorder
 
-VIEWS = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes", "slice")
+VIEWS: tuple[str, ...] = ("view", "_unsafe_view", "reshape", "expand", "split", "split_with_sizes", "slice")
+VIEWS += ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 """Operators whose sizes stand in the model's code, often as an integer attribute."""
 
 

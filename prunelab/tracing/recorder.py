@@ -9,9 +9,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +44,9 @@ Dims = list[Dim]
 
 _STORES = ("_parameters", "_buffers", "_modules")
 
+NUMBERS = "it holds numbers, not weights"
+"""Why a buffer of integers is frozen."""
+
 
 @cache
 def signature(func: Any) -> tuple[str, dict[str, Any]]:
@@ -69,15 +73,27 @@ class Call:
         values: argument name -> what was given, or the default.
         tensors: all tensors among the arguments, lists included.
         outputs: all tensors that it returned.
+        strides: of the first argument before the call, for operators that change them in place.
     """
 
-    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        self.recorder, self.func, self.out = recorder, func, out
+    def __init__(
+        self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()
+    ) -> None:
+        self.recorder, self.func, self.out, self.strides = recorder, func, out, strides
         self.name, defaults = signature(func)
         self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         self.tensors = tensors_in(self.values.values())
         self.outputs = tensors_in([out])
-        self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
+
+    @cached_property
+    def where(self) -> str:
+        """Which operator it is and where, for a reason."""
+        return f"`{self.name}` in `{self.recorder.module or type(self.recorder.model).__name__}`"
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose ``forward`` runs, as a copy without data."""
+        return self.recorder.model.get_submodule(self.recorder.module)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -90,7 +106,7 @@ class Call:
         return self.recorder.dims(self.values[value] if isinstance(value, str) else value)
 
     def unify(self, first: Dim, second: Dim) -> None:
-        unify(first.axis, second.axis, f"{self.where}")
+        unify(first.axis, second.axis, self)
 
     def freeze(self, dims: Iterable[Dim], why: str = "") -> None:
         for dim in dims:
@@ -166,6 +182,8 @@ class Recorder(TorchDispatchMode):
         held: if a list, calls are put there and state no equation yet.
         sized: some call gave a size that may hold for the example alone.
         contracted: axes over which some operator adds entries up.
+        made: ``(axis, where)``: sizes of tensors that code makes of one number; free if a weight has that width too.
+        weight_norms: ``(v, g, dim)``: parameters whose weight is ``g · v / ‖v‖``, with a norm per entry of ``dim``.
         flops: ``(constant, axes)``: each operator's FLOPs are the constant times the sizes of the axes.
     """
 
@@ -184,6 +202,8 @@ class Recorder(TorchDispatchMode):
         self.ties: list[list[Axis]] = []
         self.conditions: list[tuple[list[Tensor], Dims, str]] = []
         self.contracted: list[Axis] = []
+        self.made: list[tuple[Axis, str]] = []
+        self.weight_norms: list[tuple[str, str, int]] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
         self.held: list[tuple] | None = None
@@ -198,7 +218,7 @@ class Recorder(TorchDispatchMode):
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(model):
-            why = None if tensor.is_floating_point() or tensor.is_complex() else "it holds numbers, not weights"
+            why = None if tensor.is_floating_point() or tensor.is_complex() else NUMBERS
             self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
             self._names[id(tensor)] = name
             if isinstance(tensor, nn.Parameter):
@@ -252,6 +272,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
+        strides = args[0].stride() if func in RESTRIDES else ()
         given = tensors_in([*args, *kwargs.values()])
         answered = self._answer(func, args, kwargs, given) if asks(func) else None
         if answered is None:
@@ -260,9 +281,9 @@ class Recorder(TorchDispatchMode):
             args, out = answered
         self._known.note(func, args, kwargs, given, tensors_in([out]))
         if self.held is None:
-            self._note(func, args, kwargs, out)
+            self._note(func, args, kwargs, out, strides)
         else:
-            self.held.append((func, args, kwargs, out, self.module))
+            self.held.append((func, args, kwargs, out, strides, self.module))
         return out
 
     def note_held(self, held: list[tuple]) -> None:
@@ -273,15 +294,15 @@ class Recorder(TorchDispatchMode):
             self._stack.pop()
         self._freeze_looked_at()
 
-    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, strides: tuple[int, ...]) -> None:
         """State the equations of a call and put it on the tape."""
-        call = Call(self, func, args, kwargs, out)
+        call = Call(self, func, args, kwargs, out, strides)
         if not call.outputs:
             return
         self.sized = self.sized or self.sizes_matter(call)
         for tensor in call.tensors:
             if id(tensor) in self._names:
-                self.visited.setdefault(self._names[id(tensor)], len(self.visited))
+                self._visit(self._names[id(tensor)])
         computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
         for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
@@ -325,6 +346,17 @@ class Recorder(TorchDispatchMode):
                 freeze(dim.axis, why)
         self._looked_at = []
 
+    def _visit(self, name: str) -> None:
+        """Note that a parameter is used; those of a recurrent cell are used together, in an order of the device's."""
+        if name in self.visited:
+            return
+        owner, dot, _ = name.rpartition(".")
+        cell = self.model.get_submodule(owner)
+        together = [f"{owner}{dot}{own}" for own in cell._parameters] if isinstance(cell, nn.RNNCellBase) else []
+        for each in [*together, name]:
+            if each in self.parameters:
+                self.visited.setdefault(each, len(self.visited))
+
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""
         key = self.shortcut.describe(func, args, kwargs)
@@ -339,6 +371,10 @@ class Recorder(TorchDispatchMode):
             if key is not None:
                 self.shortcut.remember(key, func, args, kwargs, out)
         return out
+
+
+RESTRIDES = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default)
+"""Operators whose meaning depends on how a tensor lies in memory."""
 
 
 def is_parametric(dims: Dims) -> bool:

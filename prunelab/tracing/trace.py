@@ -24,6 +24,7 @@ from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.blame import failed
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
+from prunelab.tracing.made import freeze_unproduced
 from prunelab.tracing.named import covered
 from prunelab.tracing.outputs import result_tensors
 from prunelab.tracing.recorder import Dim, Op, Recorder
@@ -53,6 +54,7 @@ class DependencyGraph:
         self.model, self.inputs, self.tape = model, inputs, recorder.tape
         self.visited = recorder.visited
         self.sizes, self.flop_terms = recorder.sizes, recorder.flops
+        self.weight_norms = recorder.weight_norms
         self.dims = recorder.parameters
         self._recorder = recorder
         reasons: dict[int, str] = {}
@@ -227,6 +229,7 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
         if name not in recorder.visited:
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
+    freeze_unproduced(recorder)
     return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), reasons)
 
 

@@ -1,0 +1,151 @@
+"""Agreement: the cut network against the silenced one, by value, on the path that users run.
+
+Shapes can be right where values are not: an integer that permutes channels, a fast path that a cut has made wrong.  So
+``apply`` runs both networks once, in eval mode, on an input of the traced shape.
+
+Flows in: a model, a plan and the cut network.  Flows out: nothing, or an error that names the first call that differs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from prunelab.batches import call, device_of, eval_mode
+from prunelab.errors import BatchError, PlanError
+from prunelab.tracing import fakes
+from prunelab.tracing.calls import Calls, innermost, tensors_of
+from prunelab.tracing.recorder import named_tensors
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""How far apart the outputs may be, relative to the largest; rounding takes a hundredth of that, a wrong cut more."""
+
+
+class Example:
+    """An input of the traced shape, and what the silenced network makes of it.
+
+    Args:
+        silence: returns the silenced network; called with a function, one that tells what every call gives.
+        described: the inputs that the model was traced with, as plain data.
+    """
+
+    def __init__(self, silence: Callable[..., nn.Module], described: Any) -> None:
+        self.silence, self.silent = silence, silence()
+        silent = self.silent
+        self.inputs = fakes.example(described, device_of(silent))
+        self.wanted = self._run(silent)
+
+    def _run(self, model: nn.Module, seed: int = 0, mode: Calls | None = None) -> list[Tensor]:
+        """Return what a model gives, as users run it; with the same seed random numbers in it are the same."""
+        devices = {tensor.device for _, tensor in named_tensors(model) if tensor.device.type == "cuda"}
+        inputs = tree_map_only(Tensor, Tensor.clone, self.inputs)
+        with ExitStack() as stack:
+            for context in (eval_mode(model), torch.inference_mode(False), torch.no_grad()):
+                stack.enter_context(context)
+            stack.enter_context(torch.random.fork_rng(list(devices)))
+            torch.manual_seed(seed)
+            if mode is not None:
+                stack.enter_context(mode)
+            return tensors_of(call(model, inputs))
+
+    def check(self, cut: nn.Module) -> None:
+        """Hold a cut network against the silenced one.
+
+        Raises:
+            PlanError: they differ; the message names the first call that does, if it can be found.
+        """
+        name = type(self.silent).__name__
+        cut = fakes.copied(cut)  # a run may leave traces in buffers and attributes
+        try:
+            found = self._run(cut)
+        except BatchError as error:
+            raise PlanError(f"The cut {name} does not run in eval mode, so nothing was cut: {error}") from error
+        difference = _difference(found, self.wanted)
+        if difference is None:
+            return
+        if _difference(self._run(self.silent, seed=1), self.wanted) is not None:
+            warnings.warn(
+                f"The cut {name} was not compared with pl.masked: its outputs are random in eval mode.", stacklevel=2
+            )
+            return
+        raise PlanError(
+            f"The cut {name} would not compute what the plan says{self._place(cut)}, so nothing was cut: its output "
+            f"differs from that of pl.masked by {difference:.2g} of the largest entry. Ignore that module. This is a "
+            "mistake of prunelab: please report it."
+        )
+
+    def _place(self, cut: nn.Module) -> str:
+        """Return in words the first call that gives something else, and the module it is in."""
+        wanted: list[tuple[str, list[Tensor]]] = []
+        found = _Kept(cut)
+        with suppress(Exception):  # an explanation that fails must not hide what it explains
+            self._run(self.silence(lambda *call: wanted.append(call)))
+            self._run(cut, mode=found)
+        for (name, made), one in zip(wanted, found.calls, strict=False):
+            if name != one.name or [part.dim() for part in made] != [part.dim() for part in one.made]:
+                break
+            if _difference(one.made, made) is not None:
+                return f" (first in `{name}` in {one.module})"
+        return ""
+
+
+class _Made(NamedTuple):
+    """What a call of a function returned, and the module it was made in."""
+
+    name: str
+    module: str
+    made: list[Tensor]
+
+
+class _Kept(Calls):
+    """Keeps what every function returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.calls: list[_Made] = []
+
+    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call the function and keep what it returns."""
+        out = func(*args, **kwargs)
+        made = [part.detach().clone() for part in tensors_of(out)]
+        if made:
+            self.calls.append(_Made(getattr(func, "__name__", "").partition(".")[0], self._module(), made))
+        return out
+
+    def _module(self) -> str:
+        """Return the innermost module whose code runs, in words."""
+        name = innermost(self.names)
+        return f"`{name}`" if name else "the model's own forward"
+
+
+def has_data(model: nn.Module) -> bool:
+    """Tell whether a model can be run: not on the meta device, nor on fake tensors."""
+    return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for _, tensor in named_tensors(model))
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float | None:
+    """Return how far apart outputs are, relative to the largest entry; ``None`` if rounding may explain it."""
+    if [part.shape for part in found] != [part.shape for part in wanted]:
+        return float("inf")
+    for one, two in zip(found, wanted, strict=True):
+        if not two.is_floating_point():  # a place or a label follows from what is compared
+            continue
+        allowed = TOLERANCE.get(two.dtype, 1e-1)
+        one, two = (part.to("cpu", torch.float64) for part in (one, two))
+        finite = two.isfinite()
+        if not torch.equal(one.isfinite(), finite):
+            return float("inf")
+        if not finite.any():
+            continue
+        apart = float((one - two)[finite].abs().max() / two[finite].abs().max().clamp_min(1e-30))
+        if apart > allowed:
+            return apart
+    return None
