@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunelab.batches import call, eval_mode
 from prunelab.errors import BatchError
 from prunelab.tracing import fakes
+from prunelab.tracing.answering import Answering
 from prunelab.tracing.axes import size_with
 from prunelab.tracing.trace import DependencyGraph
 
@@ -75,7 +76,7 @@ def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
     try:
-        with torch.no_grad(), mode, counter:
+        with torch.no_grad(), mode, Answering(mode), counter:
             copy(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error

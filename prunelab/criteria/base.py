@@ -9,14 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches
-from prunelab.errors import BudgetError, PlanError
+from prunelab.errors import BudgetError, DataError, PlanError
 from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.recorder import named_tensors
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -83,12 +86,41 @@ class Scores(Mapping[Group, Tensor]):
 class Criterion(ABC):
     """A way to score units: ``criterion(graph, batches) -> Scores``."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("__call__", "elementwise"):
+            if name in vars(cls):
+                setattr(cls, name, _with_data(vars(cls)[name]))
+
     @abstractmethod
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
+
+
+def _with_data(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a criterion that fails on weights without data say that they have none."""
+
+    @wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            given = [*args, *kwargs.values()]
+            models = [value.model for value in given if isinstance(value, DependencyGraph)]
+            models += [value for value in given if isinstance(value, nn.Module)]
+            for model in models:
+                for name, tensor in named_tensors(model):
+                    if tensor.is_meta:
+                        raise DataError(
+                            f"`{args[0]}` cannot score {type(model).__name__}: `{name}` has no data, it is on the meta "
+                            "device. Load the weights first, or score with `random`."
+                        ) from error
+            raise
+
+    return checked
 
 
 def sum_by_unit(values: Tensor, member: Member, size: int) -> Tensor:

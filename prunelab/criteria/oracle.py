@@ -6,7 +6,6 @@ criteria estimate.  It is the truth for one unit at a time, no more: units that 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from prunelab.surgery.silence import Change, Changes
 from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.tracing.axes import Axis, leaves
 from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
-from prunelab.tracing.fakes import forget
+from prunelab.tracing.fakes import copied, forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 
@@ -98,7 +97,7 @@ def loss_changes(
         if name not in groups or not all(0 <= unit < groups[name].size for unit in chosen):
             raise PlanError(f"Cannot silence units {list(chosen)} of group `{name}`: the model has no such units.")
     batches = batches.batches if isinstance(batches, Statistics) else batches
-    model = forget(copy.deepcopy(graph.model)).eval()
+    model = forget(copied(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
     seen = 0

@@ -21,6 +21,7 @@ from prunelab.errors import BatchError
 from prunelab.factorization.bottleneck import Bottleneck, BottleneckAttention, parts_of, refusal
 from prunelab.surgery.modules import FreeMultiheadAttention
 from prunelab.tracing import fakes
+from prunelab.tracing.answering import Answering
 
 Positions = tuple[int, int, int]
 """How many vectors the inward, core and outward layer of a bottleneck multiply in one forward pass."""
@@ -136,7 +137,7 @@ def uses(
     torch.backends.mha.set_fastpath_enabled(False)
     args, kwargs = fakes.fake_inputs(inputs, mode, model)
     try:
-        with torch.no_grad(), mode, Taps(model.eval(), before=watch.before, keep=False):
+        with torch.no_grad(), mode, Answering(mode), Taps(model.eval(), before=watch.before, keep=False):
             model(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error

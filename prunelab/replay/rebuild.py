@@ -35,6 +35,7 @@ from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import layer_type
 from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
+from prunelab.tracing.answering import Answering
 from prunelab.tracing.recorder import first_line, named_tensors
 
 How = Compensation | Statistics | Batches | None
@@ -253,7 +254,7 @@ def _rehearse(module: Replayed, inputs: Any, builder: Builder) -> None:
         sizes = [list(shape) for shape in tape.inputs.values() if isinstance(shape, torch.Size)]
         described = resized(inputs, partial(_take, sizes))
         args, kwargs = fakes.fake_inputs(fakes.recall_inputs(described), mode, fake)
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, Answering(mode):
             rehearsal = _Rehearsal(fake, {node.name: builder.shapes[node][number] for node in known})
             rehearsal.run(*args, *(kwargs[name] for name in names[len(args) :]))
 

@@ -21,7 +21,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 
 from prunelab.errors import PlanError
 from prunelab.tracing import fakes
-from prunelab.tracing.recorder import first_line, named_tensors
+from prunelab.tracing.blame import failed
+from prunelab.tracing.known import Known, asks
+from prunelab.tracing.recorder import named_tensors, tensors_in
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 """In eval mode these call no operator; the tape marks where they stand."""
@@ -117,12 +119,15 @@ def record(model: nn.Module, inputs: Any, dtype: torch.dtype | None = None) -> T
     if dtype is not None:
         with mode:
             args, kwargs = _retyped(copy, (args, kwargs), dtype)
-    recording = _Recording(copy, tree_flatten_with_path((args, kwargs))[0])
+    recording = _Recording(copy, tree_flatten_with_path((args, kwargs))[0], Known(mode))
     out = _run(copy, args, kwargs, mode, recording)
     result, spec = tree_flatten(out)
     for value in result:
         if not isinstance(value, (Tensor, int, float, str, bool, type(None))):
-            raise PlanError(f"{type(model).__name__} returns a {type(value).__name__}, which cannot be rebuilt.")
+            raise PlanError(
+                f"{type(model).__name__} returns a {type(value).__name__}, which cannot be rebuilt from operators: "
+                "return tensors in a tuple, list or dict, or register the class with torch.utils._pytree."
+            )
     return Tape(
         recording.rows,
         {path: v.shape if isinstance(v, Tensor) else v for path, v in recording.inputs.items()},
@@ -147,7 +152,8 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recording: _Reco
     except PlanError as error:
         raise PlanError(f"{type(copy).__name__} cannot be rebuilt from its operators: {error}.") from error
     except Exception as error:
-        raise PlanError(f"{type(copy).__name__} does not run: {first_line(error)}.") from error
+        why = failed(copy, error, "")
+        raise PlanError(f"{type(copy).__name__} cannot be rebuilt from its operators: {why}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         log.disabled = quiet
@@ -171,8 +177,9 @@ def _retyped(copy: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:
 class _Recording(TorchDispatchMode):
     """Writes down every call; tensors are known by their identity, so all of them are kept."""
 
-    def __init__(self, model: nn.Module, inputs: list[tuple[tuple, Any]]) -> None:
+    def __init__(self, model: nn.Module, inputs: list[tuple[tuple, Any]], known: Known) -> None:
         super().__init__()
+        self.model, self.known = model, known
         self.rows: list[Row] = []
         self.constants: list[Tensor] = []
         self.inputs: dict[tuple, Any] = dict(inputs)
@@ -208,10 +215,26 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
-        out = func(*args, **kwargs)
+        given = tensors_in([*args, *kwargs.values()])
+        answered = self.known.answer(func, args, kwargs, given) if asks(func) else None
+        if answered is not None and not isinstance(answered[1], Tensor):
+            self.refuse_weights(given)
+        try:
+            out = func(*args, **kwargs) if answered is None else answered[1]
+        except Exception as error:
+            why = failed(self.model, error, "", func._schema.name.removeprefix("aten::"))
+            raise PlanError(why.rstrip(".")) from error
+        self.known.note(func, args, kwargs, given, tensors_in([out]))
         if not self.paused:
             self.write(func, args, kwargs, out, strides)
         return out
+
+    def refuse_weights(self, looked: list[Tensor]) -> None:
+        """Refuse code that looks at a weight: in a graph its value would never change again."""
+        for tensor in self.known.sources(looked):
+            ref = self._refs.get(id(tensor))
+            if ref is not None and ref.kind == "tensor" and tensor.is_floating_point():
+                raise PlanError(f"its code looks at the value of `{ref.key}`, which a graph would keep for ever")
 
     def write(self, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()) -> None:
         """Add a row, if the call returned tensors."""

@@ -8,7 +8,6 @@ Flows in: a model, a plan and the cut network.  Flows out: nothing, or an error 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -65,7 +64,7 @@ class Example:
             PlanError: they differ; the message names the first call that does, if it can be found.
         """
         name = type(self.silent).__name__
-        cut = copy.deepcopy(cut)  # a run may leave traces in buffers and attributes
+        cut = fakes.copied(cut)  # a run may leave traces in buffers and attributes
         try:
             found = self._run(cut)
         except BatchError as error:

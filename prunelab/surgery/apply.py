@@ -5,7 +5,6 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from prunelab.surgery.layout import laid_out_like
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
 from prunelab.surgery.sizes import resize
+from prunelab.surgery.unused import warn_of_unused
 from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
@@ -87,14 +87,15 @@ def apply(
     fixes = scale_fixes(graph, kept.size, pairs)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
-        target = free(fakes.forget(copy.deepcopy(model)), touched)
+        target = free(fakes.forget(fakes.copied(model)), touched)
         _cut(target, graph, kept, fixes)
         example.check(target)
     if target is None or inplace or compensate is not None:
         fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-        target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
+        target = free(fakes.forget(model if inplace else fakes.copied(model)), touched)
         _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
+    warn_of_unused(model, graph, kept.size)
     return target
 
 

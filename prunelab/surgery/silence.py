@@ -10,7 +10,6 @@ are left out wherever entries are added up or a mean or a variance is taken.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
-from prunelab.tracing.fakes import forget
+from prunelab.tracing.fakes import copied, forget
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -71,7 +70,7 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
         kept: what stays.
         seen: called with the name of every function and the kept entries of what it returns.
     """
-    silent = forget(copy.deepcopy(model))
+    silent = forget(copied(model))
     for module in silent.modules():
         pack_by_hand(module)  # while calls are watched, PyTorch does not pack batches by itself
     parameters = dict(silent.named_parameters())
@@ -157,7 +156,8 @@ class Change:
         flat, spec = tree_flatten((args, kwargs))
         places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]
         for operand, kept in self.zeroed.items():
-            flat[places[operand]] = zeroed(flat[places[operand]], kept)
+            neutral = int(self.name == "all")  # what changes no result: zero in a sum, true in a test of all
+            flat[places[operand]] = zeroed(flat[places[operand]], kept, neutral)
         args, kwargs = tree_unflatten(flat, spec)
         if self.counted is None:
             return func(*args, **kwargs)
@@ -228,9 +228,9 @@ def restricted(tensor: Tensor, masks: Iterable[Tensor | None]) -> Tensor:
     return tensor
 
 
-def zeroed(tensor: Tensor, masks: Masks) -> Tensor:
-    """Return a copy of a tensor with zeros wherever an entry of a dimension does not stay."""
+def zeroed(tensor: Tensor, masks: Masks, value: int = 0) -> Tensor:
+    """Return a copy of a tensor with zeros, or another value, wherever an entry of a dimension does not stay."""
     for dim, mask in enumerate(masks):
         if mask is not None:
-            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), 0)
+            tensor = tensor.index_fill(dim, (~mask).nonzero().flatten().to(tensor.device), value)
     return tensor

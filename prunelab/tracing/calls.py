@@ -85,6 +85,7 @@ class RealAxes(TorchDispatchMode):
         self._modules = {id(module): name for name, module in model.named_modules()}
         axes = (dim.axis for dims in graph.dims.values() for dim in dims)
         twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
+        self._held = [tensor for _, tensor in named_tensors(model)]  # a model may drop a buffer, and its id goes on
         for name, tensor in named_tensors(model):
             self._names[id(tensor)] = name
             self.parameters[name] = [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]]

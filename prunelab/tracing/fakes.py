@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
+from prunelab.tracing.outputs import tensors_of
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
 
@@ -29,6 +31,7 @@ class FakeMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._attributes: dict[torch.device, dict[str, Any]] = {}
+        self._data: dict[int, tuple[FakeTensor, Tensor]] = {}
 
     def make(self, like: Tensor, device: torch.device) -> FakeTensor:
         """Return ``FakeTensor(self, like, device)`` without its checks, which take most of the time.
@@ -43,6 +46,26 @@ class FakeMode(FakeTensorMode):
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.__dict__.update(self._attributes[device])
         return made
+
+    def remember(self, fake: Tensor, source: Tensor) -> None:
+        """Keep the data of a tensor that no cut changes: one of integers or truth values, or a single number."""
+        if source.is_floating_point() and source.numel() != 1:
+            return
+        data = data_of(source)
+        if data is not None and isinstance(fake, FakeTensor):
+            self._data[id(fake)] = (fake, data)
+
+    def data_of(self, fake: Tensor) -> Tensor | None:
+        """Return the data that are remembered for one of this mode's tensors."""
+        return self._data[id(fake)][1] if id(fake) in self._data else None
+
+
+def data_of(tensor: Tensor) -> Tensor | None:
+    """Return a tensor with data, or what the mode of a fake one remembers of them; ``None`` if nothing is known."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.fake_mode.data_of(tensor) if isinstance(tensor.fake_mode, FakeMode) else None
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    return tensor if plain and tensor.device.type != "meta" else None
 
 
 def fake_mode() -> FakeMode:
@@ -88,6 +111,7 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     refuse_wrapped(model)
     memo: dict[int, Any] = {}
     modules = list(model.named_modules())
+    _refuse(modules)
     for path, module in modules:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, nn.UninitializedParameter):
@@ -95,20 +119,74 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
                 raise TraceError(f"Parameter `{name}` has no shape yet: run the model once on a batch, then trace it.")
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = fake_parameter(parameter, mode)
+                mode.remember(memo[id(parameter)], parameter)
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
+                mode.remember(memo[id(buffer)], buffer)
+    memo |= {id(tensor): tensor.detach() for tensor in _computed(modules) if id(tensor) not in memo}
     try:
         return forget(_copy(model, [module for _, module in modules], memo))
     except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied, which tracing and surgery need: {error}. "
-            "Keep locks, loaders and open files outside the model."
-        ) from error
+        raise _uncopied(model, error) from error
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return ``copy.deepcopy(model)``; results that the model keeps in attributes are copied without their history.
+
+    Raises:
+        TraceError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    with torch.no_grad():
+        for tensor in _computed(model.named_modules()):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise _uncopied(model, error) from error
+
+
+def _computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
+    """Return the tensors with a history that modules keep, which PyTorch does not copy."""
+    found = []
+    for _, module in modules:
+        own = [value for key, value in vars(module).items() if key not in ("_parameters", "_modules")]
+        held = [value for value in own if type(value) not in _IMMUTABLE and not (type(value) in _STORES and not value)]
+        found += [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
+    return found
+
+
+def _uncopied(model: nn.Module, error: Exception) -> TraceError:
+    reason = str(error).strip().rstrip(".") or type(error).__name__
+    return TraceError(
+        f"{type(model).__name__} cannot be copied, which tracing and surgery need: {reason}. "
+        "Keep locks, loaders and open files outside the model, and detach tensors that it keeps."
+    )
+
+
+def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse modules that no trace can follow."""
+    for name, module in modules:
+        where = f"Module `{name}`" if name else f"{type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where} is scripted (torch.jit), so its code cannot be traced: "
+                "trace and cut the model before it is scripted, then script the cut one."
+            )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                path = f'model.get_submodule("{name}")' if name else "model"
+                attribute = hook._tensor_name
+                raise TraceError(
+                    f"{where} has a mask on `{attribute}` from torch.nn.utils.prune: write the zeros into the weights "
+                    f'first, with prune.remove({path}, "{attribute}").'
+                )
 
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}
 _IMMUTABLE |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
+_STORES = {dict, OrderedDict, list, tuple, set}
 
 
 def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:

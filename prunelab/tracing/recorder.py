@@ -5,9 +5,11 @@ Flows in: a fake model and a rule for operators.  Flows out: a tape of calls, an
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
 from prunelab.tracing.axes import Axis, freeze, leaf, unify
+from prunelab.tracing.blame import failed
+from prunelab.tracing.blame import first_line as first_line
 from prunelab.tracing.integers import Attribute, Expression
+from prunelab.tracing.known import Known, asks
+from prunelab.tracing.outputs import tensors_of
 from prunelab.tracing.shortcut import Shortcut
 
 
@@ -37,6 +43,8 @@ class Dim(NamedTuple):
 
 
 Dims = list[Dim]
+
+_STORES = ("_parameters", "_buffers", "_modules")
 
 NUMBERS = "it holds numbers, not weights"
 """Why a buffer of integers is frozen."""
@@ -221,7 +229,10 @@ class Recorder(TorchDispatchMode):
         self.sized = False
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
+        self._known = Known(shortcut.mode)
+        self._looked_at: list[tuple[Tensor, str]] = []
         self.stack: list[str] = []
+        self._failed_in: list[str] = []
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
@@ -239,6 +250,11 @@ class Recorder(TorchDispatchMode):
         """Qualified name of the module whose ``forward`` runs now."""
         return self.stack[-1] if self.stack else ""
 
+    @property
+    def failed_in(self) -> str:
+        """Qualified name of the module out of which the last error came."""
+        return self._failed_in[0] if self._failed_in else self.module
+
     def know(self, tensor: Tensor, dims: Dims) -> None:
         """Keep the axes of a tensor (and the tensor, so that its identity stays its own)."""
         self._dims[id(tensor)] = dims
@@ -248,6 +264,9 @@ class Recorder(TorchDispatchMode):
         """Return the axes of a tensor; one that the tracer never saw is a constant of the code."""
         if id(tensor) not in self._dims:
             where = f"a constant in `{self.module or type(self.model).__name__}`"
+            held = None if isinstance(tensor, FakeTensor) else held_as(self.model, tensor)
+            if held is not None and tensor.is_floating_point():
+                where = f"`{held}` is a plain tensor, which no cut changes; register_buffer makes it part of the model"
             self.know(tensor, [Dim(leaf(size, where)) for size in tensor.shape])
         return self._dims[id(tensor)]
 
@@ -257,13 +276,19 @@ class Recorder(TorchDispatchMode):
 
     def _watch_modules(self) -> None:
         """Follow which module runs, by hooks on the fake copy; they know the stack alone, so that no cycle is made."""
-        stack = self.stack
+        stack, failed_in = self.stack, self._failed_in
+
+        def enter(*_: Any, name: str) -> None:
+            stack.append(name)
+            failed_in.clear()
 
         def leave(*_: Any) -> None:
-            stack.pop()
+            name = stack.pop()
+            if sys.exc_info()[0] is not None and not failed_in:
+                failed_in.append(name)
 
         for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+            module.register_forward_pre_hook(partial(enter, name=name))
             module.register_forward_hook(leave, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -271,7 +296,13 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
         strides = args[0].stride() if func in RESTRIDES else ()
-        out = self._run(func, args, kwargs)
+        given = tensors_in([*args, *kwargs.values()])
+        answered = self._answer(func, args, kwargs, given) if asks(func) else None
+        if answered is None:
+            out = self._run(func, args, kwargs)
+        else:
+            args, out = answered
+        self._known.note(func, args, kwargs, given, tensors_in([out]))
         if self.held is None:
             self._note(func, args, kwargs, out, strides)
         else:
@@ -284,6 +315,7 @@ class Recorder(TorchDispatchMode):
             self.stack.append(module)
             self._note(*call)
             self.stack.pop()
+        self._freeze_looked_at()
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, strides: tuple[int, ...]) -> None:
         """State the equations of a call and put it on the tape."""
@@ -295,10 +327,47 @@ class Recorder(TorchDispatchMode):
             if id(tensor) in self._names:
                 self._visit(self._names[id(tensor)])
         computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
-        for tensor, dims in zip(call.outputs, self.rule(call), strict=True):
+        for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
         self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
+
+    def _rule(self, call: Call) -> list[Dims]:
+        """Return the dimensions of a call's outputs; where the rule fails, nothing that it touches may be cut."""
+        try:
+            found = self.rule(call)
+            if [len(dims) for dims in found] == [tensor.dim() for tensor in call.outputs]:
+                return found
+            problem = f"it gives {[len(dims) for dims in found]} dimensions"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        why = f"prunelab's rule for {call.where} failed ({problem})"
+        warnings.warn(f"{why}, so that nothing it touches can be pruned; please report it.", stacklevel=2)
+        for tensor in call.tensors:
+            for dim in self.dims(tensor):
+                freeze(dim.axis, why)
+        return [[Dim(leaf(size, why)) for size in tensor.shape] for tensor in call.outputs]
+
+    def _answer(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> tuple[tuple, Any] | None:
+        """Return the arguments and the result of an operator that looks at the values of constants.
+
+        What the code learns from them it would not learn from a cut constant, so they stay whole.  That nothing is
+        broken holds for the cut network too.
+        """
+        answered = self._known.answer(func, args, kwargs, given)
+        if answered is not None and not (isinstance(answered[1], bool) and self._known.guards(given)):
+            why = f"code in `{self.module or type(self.model).__name__}` looks at its values"
+            looked = [tensor for tensor in given if self._known.knows(tensor)]
+            self._looked_at += [(tensor, why) for tensor in self._known.sources(looked)]
+            if self.held is None:
+                self._freeze_looked_at()
+        return answered
+
+    def _freeze_looked_at(self) -> None:
+        for tensor, why in self._looked_at:
+            for dim in self.dims(tensor):
+                freeze(dim.axis, why)
+        self._looked_at = []
 
     def _visit(self, name: str) -> None:
         """Note that a parameter is used; those of a recurrent cell are used together, in an order of the device's."""
@@ -319,10 +388,9 @@ class Recorder(TorchDispatchMode):
             try:
                 out = func(*args, **kwargs)
             except Exception as error:
-                raise TraceError(
-                    f"{type(self.model).__name__} cannot be traced: `{func}` in `{self.module or 'its forward'}` "
-                    f"failed on tensors without data: {first_line(error)}"
-                ) from error
+                name = func._schema.name.removeprefix("aten::")
+                why = failed(self.model, error, self.module, name)
+                raise TraceError(f"{type(self.model).__name__} cannot be traced: {why}") from error
             if key is not None:
                 self.shortcut.remember(key, func, args, kwargs, out)
         return out
@@ -337,9 +405,13 @@ def is_parametric(dims: Dims) -> bool:
     return not dims or any(dim.origins for dim in dims)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def held_as(model: nn.Module, tensor: Tensor) -> str | None:
+    """Return the name of the attribute that holds a tensor which is no parameter and no buffer."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _STORES and any(part is tensor for part in tensors_of(value)):
+                return f"{path}.{name}" if path else name
+    return None
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from prunelab.tracing.axes import leaf
 from prunelab.tracing.recorder import Call, Dim, Dims
@@ -25,10 +26,30 @@ def reorder(call: Call) -> list[Dims]:
 
 def indexing(call: Call) -> list[Dims]:
     """``x[i, :, j]``: indexed dimensions are frozen, the others pass."""
-    indices = call["indices"]
-    if any(index is not None and index.dtype == torch.bool for index in indices):
-        return unknown(call)
-    return [_indexed(call, call.out.dim())]
+    indices = [part for index in call["indices"] for part in _spread(index)]
+    if any(index is not None and index.dtype in _MASKS for index in indices):
+        return _masked(call, indices)
+    return [_indexed(call, call.out.dim())] if any(index is not None for index in indices) else unknown(call)
+
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def _spread(index: Tensor | None) -> list[Tensor | None]:
+    """Return an index for every dimension that it picks from: a mask picks from as many as it has."""
+    return [index] * index.dim() if index is not None and index.dtype in _MASKS else [index]
+
+
+def _masked(call: Call, indices: list[Tensor | None]) -> list[Dims]:
+    """``x[:, mask]``: dimensions that a mask picks from are frozen, the others pass."""
+    dims = call.dims("self")
+    indexed = [place for place, index in enumerate(indices) if index is not None]
+    call.freeze([dims[place] for place in indexed], "picks entries by number")
+    together = indexed == list(range(indexed[0], indexed[-1] + 1))
+    rest = [dim for place, dim in enumerate(dims) if place not in indexed]
+    first, new = indexed[0] if together else 0, call.out.dim() - len(rest)
+    picked = [call.fresh(size, "picks them") for size in call.out.shape[first : first + new]]
+    return [[*rest[:first], *picked, *rest[first:]]]
 
 
 def _indexed(call: Call, length: int) -> Dims:

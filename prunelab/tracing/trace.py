@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from prunelab.errors import TraceError
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
+from prunelab.tracing.blame import failed
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of
 from prunelab.tracing.made import freeze_unproduced
 from prunelab.tracing.named import covered
 from prunelab.tracing.observe import observed, with_or_without
-from prunelab.tracing.recorder import Dim, Op, Recorder, first_line
+from prunelab.tracing.outputs import result_tensors
+from prunelab.tracing.recorder import Dim, Op, Recorder
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
 from prunelab.tracing.sizes import depends_on_size, others
@@ -211,7 +213,7 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
         if isinstance(tensor, Tensor):
             recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
     out = _run(copy.eval(), args, kwargs, mode, recorder)
-    results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+    results = result_tensors(out)
     if not results:
         raise TraceError(f"{type(model).__name__} returned no tensor but {type(out).__name__}; nothing can be traced.")
     if any(name not in recorder.visited for name in recorder.learned):
@@ -247,11 +249,8 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
     except TraceError:
         raise
     except Exception as error:
-        where = f"in `{recorder.module}`" if recorder.module else "in its forward"
-        raise TraceError(
-            f"{type(copy).__name__} cannot be traced: {where}: {first_line(error)}. "
-            "Check the example inputs; code that looks at values cannot run on tensors without data."
-        ) from error
+        why = failed(copy, error, recorder.failed_in)
+        raise TraceError(f"{type(copy).__name__} cannot be traced: {why}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         log.disabled = quiet
@@ -294,7 +293,7 @@ def _run_at_another_size(
             if isinstance(tensor, Tensor):
                 recorder.know(tensor, [Dim(leaf(size, "the model's input")) for size in tensor.shape])
         recorder.note_held(held)
-        results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        results = result_tensors(out)
         used = _used(recorder.tape[length:], results)
         del recorder.tape[length:]
         recorder.flops = flops
@@ -312,4 +311,4 @@ def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, reco
         return []
     finally:
         recorder.flops = flops
-    return [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+    return result_tensors(out)
