@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from prunelab.batches import call as call_model
 from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.isolation import Replaced
 from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -105,7 +105,7 @@ class Gates:
         with Taps(self.model, before, after, keep=False):
             if not self.scaled:
                 return call_model(self.model, inputs)
-            return call_model(_Scaled(self.model, self._scaled(padded)), inputs)
+            return call_model(Replaced(self.model, self._scaled(padded)), inputs)
 
     def _scale(
         self, x: Tensor, call: LayerCall, found: list[Tensor] | None, padded: Tensor, number: int
@@ -138,17 +138,6 @@ class Gates:
                 factor = padded[index.to(padded.device)].to(out[name].dtype)
                 out[name] = out[name] * factor.view(-1, *(1 for _ in range(dim + 1, out[name].dim())))
         return out
-
-
-class _Scaled(torch.nn.Module):
-    """A model with some of its parameters replaced for the time of a call."""
-
-    def __init__(self, model: torch.nn.Module, parameters: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.call = lambda *args, **kwargs: functional_call(model, parameters, args, kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
 
 def samples(inputs: Any, number: int) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
+from prunelab.devices import exact
 from prunelab.errors import BatchError, PlanError
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import KeptNorms, _norms
@@ -110,7 +111,7 @@ def loss_changes(
         for name, chosen in units.items():
             for place, unit in enumerate(chosen):
                 lost = replay.without(graph, groups[name], unit, parameters) - replay.base
-                change[name][place] += lost.double().cpu() * len(targets)
+                change[name][place] += exact(lost).cpu() * len(targets)
                 bar.update()
         seen += len(targets)
     bar.close()

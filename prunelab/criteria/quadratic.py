@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.curvature.one_pass import evaluating
-from prunelab.curvature.pieces import Replaced, leaves, pieces, pulled, slopes
+from prunelab.curvature.pieces import leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes
+from prunelab.devices import exact, raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
+from prunelab.isolation import Replaced, evaluating
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -107,7 +108,7 @@ class Quadratic(Criterion):
                             f"The derivatives in the units of `{group.name}` are not finite in batch {number}: "
                             "check its inputs."
                         )
-                    total[group.name] += sums.double().cpu()
+                    total[group.name] += exact(sums).cpu()
                 seen += len(targets)
         return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
 
@@ -196,7 +197,8 @@ def each(curvature: Callable[[Tensor], Tensor], steps: Tensor, chunk: int, bar: 
         some = steps[start : start + chunk]
         try:
             found = torch.func.vmap(curvature)(some)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError as error:  # vmap does not know an operator
+            raise_out_of_memory(error, "give smaller batches, or a smaller chunk")
             break
         yield found.detach()
         start += len(some)

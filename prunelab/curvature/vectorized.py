@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prunelab.curvature.per_sample import as_float
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
+from prunelab.isolation import replaced
+from prunelab.switches import ignoring, plain_attention
 
 CHUNK = 32
 """Samples at a time, as long as their gradients hold no more than ``NUMBERS`` numbers."""
@@ -66,7 +68,8 @@ def squared_sums_by_vmap(
             filled[place] = leaf[None]
         x = tree_unflatten(filled, structure)
         args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
-        found = floating(functional_call(model, values, args, kwargs))
+        with replaced(model, values):
+            found = floating(model(*args, **kwargs))
         return torch.stack([(found[place][0] * v).sum() for place, v in zip(rows, back, strict=True)]).sum()
 
     one, many = grad(product), vmap(grad(product), in_dims=(None, 0, 0))
@@ -82,13 +85,12 @@ def squared_sums_by_vmap(
                 yield {name: value[None] for name, value in found.items()}
 
     step = max(1, min(CHUNK, NUMBERS // max(1, sum(value.numel() for value in chosen.values()))))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented the batching"
-        )
+    with torch.no_grad(), plain_attention:
         try:
-            return _squares(gradients(step), chosen)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+            with ignoring("There is a performance drop because we have not yet implemented the batching"):
+                return _squares(gradients(step), chosen)
+        except (RuntimeError, ValueError) as error:
+            raise_out_of_memory(error)
             warnings.warn(
                 f"torch.func.vmap cannot take {type(model).__name__}, so that the gradients of {', '.join(chosen)} are "
                 f"computed one sample after the other: {error}",

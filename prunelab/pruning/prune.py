@@ -20,6 +20,7 @@ from prunelab.cost import count
 from prunelab.criteria import Criterion
 from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
 from prunelab.errors import BudgetError
+from prunelab.isolation import modes_kept
 from prunelab.planning import pools
 from prunelab.planning.choose import Options, choose, only_budget
 from prunelab.planning.fit import TOLERANCE
@@ -254,10 +255,8 @@ class Goal:
 
 
 def _train(finetune: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    modes = [(module, module.training) for module in model.modules()]
-    finetune(model)
-    for module, training in modes:
-        module.training = training
+    with modes_kept(model):
+        finetune(model)
 
 
 def _settled(model: nn.Module) -> nn.Module:

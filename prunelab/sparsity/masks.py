@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunelab.devices import exact
 from prunelab.errors import PlanError
 from prunelab.surgery.apply import PLANS
 from prunelab.surgery.modules import layer_type
@@ -129,7 +130,7 @@ def densities(model: nn.Module) -> dict[str, float]:
     for name, parameter in parameters_of(model).items():
         if (prunable(model, name) or mask_of(model, name) is not None) and id(parameter) not in seen:
             seen.add(id(parameter))
-            out[name] = float((value_of(model, name) != 0).double().mean())
+            out[name] = float(exact(value_of(model, name) != 0).mean())
     return out
 
 

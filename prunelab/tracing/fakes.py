@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
+from prunelab.isolation import held, modes_kept
+from prunelab.switches import outside_inference
+from prunelab.tracing import hooks
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
 
@@ -81,11 +84,18 @@ def fake_parameter(parameter: nn.Parameter, mode: FakeMode) -> Tensor:
 def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     """Return a copy of ``model`` on fake parameters and buffers; tied parameters stay tied.
 
+    Of the user's hooks it has those that are part of the function, see ``hooks``.
+
     Raises:
         TraceError: the model cannot be copied, or has parameters that are not initialised yet.
         PruneLabError: it is in a wrapper (``DistributedDataParallel``, ``torch.compile``).
     """
     refuse_wrapped(model)
+    with held(model), outside_inference():
+        return _fake_model(model, mode)
+
+
+def _fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.named_modules())
     for path, module in modules:
@@ -98,13 +108,16 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
+    found = hooks.emptied(modules, memo)
     try:
-        return forget(_copy(model, [module for _, module in modules], memo))
+        copied = forget(_copy(model, [module for _, module in modules], memo))
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied, which tracing and surgery need: {error}. "
             "Keep locks, loaders and open files outside the model."
         ) from error
+    hooks.fill(found, memo)
+    return copied
 
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}
@@ -154,10 +167,8 @@ def forget(model: nn.Module) -> nn.Module:
     """
     if all(type(module).train is nn.Module.train and "train" not in vars(module) for module in model.modules()):
         return model
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, training in modes:
-        module.training = training
+    with modes_kept(model):
+        model.train()
     return model
 
 

@@ -7,20 +7,17 @@ Notebook 01_tracing derives it.
 
 from __future__ import annotations
 
-import gc
 import html
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
-from prunelab.tracing import fakes
+from prunelab.switches import uncollected, without_data
+from prunelab.tracing import fakes, hooks
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of, tie
 from prunelab.tracing.named import covered
@@ -174,24 +171,13 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
-    with _uncollected():
+    with uncollected, without_data():  # tens of thousands of objects, all of which are needed to the end
         return _trace(model, example_inputs, ignore)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector: a trace makes tens of thousands of objects, all of which are needed to its end."""
-    held = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if held:
-            gc.enable()
 
 
 def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str | nn.Module]) -> DependencyGraph:
     reasons = {key: f"`{name}` is ignored, as asked" for key, name in covered(model, ignore, error=TraceError).items()}
+    hooks.warn_of_global_hooks()
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
@@ -224,12 +210,8 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
-    fast_path, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
-    quiet = log.disabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    log.disabled = True  # what fails is raised, with the module's name
     try:
-        with torch.no_grad(), mode, recorder:
+        with mode, recorder:
             return copy(*args, **kwargs)
     except TraceError:
         raise
@@ -239,9 +221,6 @@ def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Record
             f"{type(copy).__name__} cannot be traced: {where}: {first_line(error)}. "
             "Check the example inputs; code that looks at values cannot run on tensors without data."
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        log.disabled = quiet
 
 
 def _used(tape: list[Op], results: list[Tensor]) -> set[int]:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import eval_mode
 from prunelab.errors import BudgetError
+from prunelab.isolation import eval_mode
 
 
 @dataclass(frozen=True)
