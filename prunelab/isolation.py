@@ -9,6 +9,7 @@ Flows in: a model.  Flows out: contexts in which it may be used, and changed.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,13 +37,13 @@ def held(model: nn.Module) -> Iterator[bool]:
     """Hold a model, with all modules and parameters that it may share with others; another thread waits.
 
     Returns:
-        Whether this thread held none of it before.
+        Whether this thread did not hold all of it before.
     """
     parts: list[Any] = [*model.modules(), *model.parameters()]
     me = threading.get_ident()
     with _FREED:
         _FREED.wait_for(lambda: all(_OWNERS.get(id(part), [me])[0] == me for part in parts))
-        first = not any(id(part) in _OWNERS for part in parts)
+        first = any(id(part) not in _OWNERS for part in parts)
         for part in parts:
             _OWNERS.setdefault(id(part), [me, 0])[1] += 1
     try:
@@ -92,26 +93,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Raises:
         PruneLabError: a parameter cannot have a gradient, or has no shape yet.
     """
-    with held(model):
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with outside_inference(), eval_mode(model), layer_by_layer:
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.UninitializedParameter):
                 raise PruneLabError(f"Parameter `{name}` has no shape yet: run the model once on a batch first.")
             if parameter.is_inference():
                 raise PruneLabError(
                     f"Parameter `{name}` was made inside torch.inference_mode(), so it cannot have a gradient: build "
-                    "the model outside of it, or use copy.deepcopy(model), made outside of it."
+                    "the model outside of it, or take copy.deepcopy(model), made outside of it."
                 )
+        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            with outside_inference(), eval_mode(model), layer_by_layer:
-                for parameter in flags:
-                    if parameter.is_floating_point():
-                        parameter.requires_grad_(True)
-                yield
+            for parameter in flags:
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+            yield
         finally:
             for parameter, flag in flags.items():
                 if parameter.requires_grad is not flag:
                     parameter.requires_grad_(flag)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return ``copy.deepcopy(model)``, made while nobody else has the model, and with gradients possible in it.
+
+    Tensors that some modules keep as attributes, computed from parameters (the old ``weight_norm``), are copied too.
+    """
+    with held(model), outside_inference():
+        computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 @contextmanager
@@ -144,22 +154,6 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         finally:
             for store, key, old in places:
                 store[key] = old
-
-
-class Replaced(nn.Module):
-    """A model some of whose parameters or buffers are replaced while it is called; see ``replaced``."""
-
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.run = lambda *args, **kwargs: _run(model, tensors, args, kwargs)  # not an attribute: no name changes
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
-
-
-def _run(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-    with replaced(model, tensors):
-        return model(*args, **kwargs)
 
 
 def ordinary(batches: Iterable[Any]) -> Iterator[Any]:

@@ -125,7 +125,7 @@ def make_up(
         fresh, left = refit_consumers(model, moments, graph, kept, how.damping)
     if left:
         reasons = "; ".join(f"`{name}` ({why})" for name, why in left.items())
-        warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=3)
+        warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=4)
     return fresh
 
 

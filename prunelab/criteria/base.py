@@ -10,12 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.errors import BudgetError, PlanError
+from prunelab.switches import outside_inference
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -86,6 +88,12 @@ class Criterion(ABC):
     @abstractmethod
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every criterion run outside of inference mode, where there are no gradients to score by."""
+        super().__init_subclass__(**options)
+        for name in {"__call__", "elementwise"} & vars(cls).keys():
+            setattr(cls, name, outside_inference()(vars(cls)[name]))
 
     def __str__(self) -> str:
         return type(self).__name__.lower()

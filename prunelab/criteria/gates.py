@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from prunelab.batches import call as call_model
 from prunelab.curvature.taps import LayerCall, Taps
-from prunelab.isolation import Replaced
+from prunelab.isolation import replaced
 from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -105,7 +105,8 @@ class Gates:
         with Taps(self.model, before, after, keep=False):
             if not self.scaled:
                 return call_model(self.model, inputs)
-            return call_model(Replaced(self.model, self._scaled(padded)), inputs)
+            with replaced(self.model, self._scaled(padded)):
+                return call_model(self.model, inputs)
 
     def _scale(
         self, x: Tensor, call: LayerCall, found: list[Tensor] | None, padded: Tensor, number: int

@@ -6,7 +6,6 @@ criteria estimate.  It is the truth for one unit at a time, no more: units that 
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
 from prunelab.devices import exact
 from prunelab.errors import BatchError, PlanError
+from prunelab.isolation import copied, ordinary
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import KeptNorms, _norms
+from prunelab.switches import outside_inference
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
@@ -66,6 +67,7 @@ class Oracle(Criterion):
         return Scores(graph, {name: change.float() for name, change in changes.items()}, str(self))
 
 
+@outside_inference()
 @torch.no_grad()
 def loss_changes(
     graph: DependencyGraph,
@@ -98,13 +100,13 @@ def loss_changes(
         if name not in groups or not all(0 <= unit < groups[name].size for unit in chosen):
             raise PlanError(f"Cannot silence units {list(chosen)} of group `{name}`: the model has no such units.")
     batches = batches.batches if isinstance(batches, Statistics) else batches
-    model = forget(copy.deepcopy(graph.model)).eval()
+    model = forget(copied(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
     seen = 0
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
-    for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
+    for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "oracle"))):
         replay = _Replay(model, inputs, targets, loss, cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")

@@ -22,7 +22,7 @@ from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes
 from prunelab.devices import exact, raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
-from prunelab.isolation import Replaced, evaluating
+from prunelab.isolation import evaluating, replaced
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -145,8 +145,8 @@ class Quadratic(Criterion):
         parameters = dict(model.named_parameters())
         like = next(iter(parameters.values()))
         s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
-        with twice_differentiable():
-            outputs = call(Replaced(model, scaled(parameters, group, s)), inputs)
+        with twice_differentiable(), replaced(model, scaled(parameters, group, s)):
+            outputs = call(model, inputs)
         tensors = leaves(outputs)
         ends, found = slopes(outputs, targets, self.loss, check=check)
         values, backs = tensors, [slope.detach() for slope in found]

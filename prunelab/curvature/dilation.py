@@ -19,12 +19,14 @@ from prunelab.batches import Batches, Loss, call
 from prunelab.curvature.pieces import check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import CONVOLUTIONS, Rewrite, twice_differentiable
 from prunelab.errors import PruneLabError
-from prunelab.isolation import Replaced, evaluating
+from prunelab.isolation import evaluating, replaced
+from prunelab.switches import outside_inference
 
 LINEAR_IN_PARAMETERS: dict[Callable[..., Any], int] = {F.linear: 1, F.batch_norm: 3, **dict.fromkeys(CONVOLUTIONS, 1)}
 """Function -> where its weight stands among its arguments; the bias follows it."""
 
 
+@outside_inference()
 def pair_matrix(
     model: nn.Module,
     batches: Batches | None,
@@ -85,8 +87,9 @@ def _stacked(rows: list[list[Tensor]]) -> Tensor:
 def _run(model: nn.Module, named: Mapping[str, Tensor], scales: Mapping[str, Tensor], inputs: Any) -> Any:
     """Return the outputs with every named parameter multiplied by its scale, which is one."""
     scaled = {name: named[name] * factor for name, factor in scales.items()}
-    with twice_differentiable(_Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled})):
-        return call(Replaced(model, scaled), inputs)
+    dilation = _Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled})
+    with twice_differentiable(dilation), replaced(model, scaled):
+        return call(model, inputs)
 
 
 class _Dilation(Rewrite):

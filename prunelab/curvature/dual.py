@@ -26,7 +26,7 @@ from prunelab.curvature.dual_mode import Duals, pair
 from prunelab.curvature.pieces import finite, leaves, pulled, slopes
 from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
-from prunelab.isolation import Replaced
+from prunelab.isolation import replaced
 from prunelab.switches import dual_numbers, ignoring, plain_attention
 
 
@@ -89,8 +89,8 @@ def _pushed(
         duals = {name: forward_ad.make_dual(named[name], value) for name, value in directions.items()}
         known: dict[int, tuple[Tensor, Tensor | None]] = {id(value): (value, None) for value in named.values()}
         known |= {id(duals[name]): (named[name], value) for name, value in directions.items()}
-        with plain_attention, Duals(known):
-            outputs = call(Replaced(model, duals), inputs)
+        with plain_attention, Duals(known), replaced(model, duals):
+            outputs = call(model, inputs)
         plain = tree_map(lambda leaf: pair(leaf)[0] if isinstance(leaf, Tensor) else leaf, outputs)
         moved = [pair(leaf)[1] for leaf in leaves(outputs)]
     if any(value is None for value in moved):

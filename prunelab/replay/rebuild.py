@@ -99,7 +99,7 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None) -> Replayed:
         warnings.warn(
             f"{type(model).__name__} was rebuilt for inputs of exactly the sizes {builder.sizes}: its code computes "
             f"with the batch size in a way that the graph back end cannot follow. {builder.reason}",
-            stacklevel=4,
+            stacklevel=5,
         )
     remembered = dataclasses.replace(plan, budget={**plan.budget, "backend": "graph"})
     setattr(module, PLANS, [*getattr(model, PLANS, []), remembered])
@@ -160,7 +160,7 @@ def route(model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, 
     warnings.warn(
         f"{type(model).__name__} was rebuilt from its operators as a torch.fx.GraphModule, since its own class cannot "
         f"be cut: {reason}",
-        stacklevel=3,
+        stacklevel=4,
     )
     return rebuilt
 

@@ -5,7 +5,6 @@ Flows in: a model and a ``Plan``.  Flows out: a smaller model of the same class,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,10 +15,12 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
+from prunelab.isolation import copied
 from prunelab.planning.plan import Plan
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
+from prunelab.switches import outside_inference
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.groups import VIEWS
@@ -29,6 +30,7 @@ PLANS = "prunelab_plans"
 """Name of the attribute in which a pruned model carries the plans that made it."""
 
 
+@outside_inference()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -74,7 +76,7 @@ def apply(
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     fixes = scale_fixes(graph, kept.size, compare(graph, after, kept.size))
     fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-    target = free(fakes.forget(model if inplace else copy.deepcopy(model)), touched)
+    target = free(fakes.forget(model if inplace else copied(model)), touched)
     _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     return target

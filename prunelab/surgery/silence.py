@@ -6,7 +6,6 @@ statistics over the kept entries only.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunelab.isolation import copied
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
+from prunelab.switches import outside_inference
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.trace import DependencyGraph
 
@@ -30,6 +31,7 @@ NORMS = {
 }
 
 
+@outside_inference()
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 
@@ -40,7 +42,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan does not fit the model.
     """
     graph, kept = open_plan(model, plan)
-    silent = forget(copy.deepcopy(model))
+    silent = forget(copied(model))
     parameters = dict(silent.named_parameters())
     with torch.no_grad():
         for name, place, mask in masks(graph, kept):
