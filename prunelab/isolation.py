@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunelab.errors import PruneLabError
-from prunelab.switches import layer_by_layer, outside_inference
+from prunelab.switches import layer_by_layer, undisturbed
 
 _OWNERS: dict[int, list[int]] = {}
 """``id`` of a module or parameter -> the thread that holds it, and how many times."""
@@ -93,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Raises:
         PruneLabError: a parameter cannot have a gradient, or has no shape yet.
     """
-    with outside_inference(), eval_mode(model), layer_by_layer:
+    with undisturbed(), eval_mode(model), layer_by_layer:
         for name, parameter in model.named_parameters():
             if isinstance(parameter, nn.UninitializedParameter):
                 raise PruneLabError(f"Parameter `{name}` has no shape yet: run the model once on a batch first.")
@@ -119,7 +119,7 @@ def copied(model: nn.Module) -> nn.Module:
 
     Tensors that some modules keep as attributes, computed from parameters (the old ``weight_norm``), are copied too.
     """
-    with held(model), outside_inference():
+    with held(model), undisturbed():
         computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 

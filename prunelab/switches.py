@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
+import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 
 class Switch:
@@ -41,7 +44,9 @@ class Switch:
                 self._stack.enter_context(self._held())
             self._inside += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: types.TracebackType | None
+    ) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
@@ -150,21 +155,47 @@ def ignoring(message: str = "", category: type[Warning] = Warning) -> Iterator[N
 
 
 @contextmanager
-def outside_inference() -> Iterator[None]:
-    """Leave inference mode, in which no tensor can have a gradient and tensors without data are not seen.
+def undisturbed() -> Iterator[None]:
+    """Leave the contexts in which prunelab's own tensors would be others than it means them to be.
 
-    Whether gradients are on stays as it is; they are off in inference mode.
+    In inference mode no tensor can have a gradient, and those without data are not seen.  With a default device
+    (``torch.device("cuda")`` as a context, ``torch.set_default_device``) numbers of units would be made there; the
+    user's model and loss keep that default.  Whether gradients are on stays as it is; they are off in inference mode.
     """
     gradients = torch.is_grad_enabled()
-    inside = torch.is_inference_mode_enabled()
-    with torch.inference_mode(False) if inside else nullcontext(), torch.set_grad_enabled(gradients):
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(_OnCPU())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         yield
+
+
+class _OnCPU(TorchFunctionMode):
+    """Makes tensors on the CPU where prunelab's own code names no device; other code has the default device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors() and kwargs.get("device") is None and _asked_by_us():
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+def _asked_by_us() -> bool:
+    """Return whether the code that makes a tensor is prunelab's; modes that hand a call on do not count."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("prunelab.")
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
     """Run a model on tensors without data: layer by layer, with no gradients, no global hooks, nothing logged."""
-    with outside_inference(), layer_by_layer, silent_fakes, no_global_hooks, torch.no_grad():
+    with undisturbed(), layer_by_layer, silent_fakes, no_global_hooks, torch.no_grad():
         _RUNS.number = getattr(_RUNS, "number", 0) + 1
         try:
             yield

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.errors import BudgetError, PlanError
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -93,7 +93,7 @@ class Criterion(ABC):
         """Let every criterion run outside of inference mode, where there are no gradients to score by."""
         super().__init_subclass__(**options)
         for name in {"__call__", "elementwise"} & vars(cls).keys():
-            setattr(cls, name, outside_inference()(vars(cls)[name]))
+            setattr(cls, name, undisturbed()(vars(cls)[name]))
 
     def __str__(self) -> str:
         return type(self).__name__.lower()

@@ -19,12 +19,12 @@ from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
 from prunelab.isolation import copied
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 FISHERS = ("empirical", "mc", "ggn", "hessian")
 
 
-@outside_inference()
+@undisturbed()
 def prune_weights(
     model: nn.Module,
     batches: Batches | Statistics | None,

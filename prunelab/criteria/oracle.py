@@ -26,7 +26,7 @@ from prunelab.errors import BatchError, PlanError
 from prunelab.isolation import copied, ordinary
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import KeptNorms, _norms
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
@@ -67,7 +67,7 @@ class Oracle(Criterion):
         return Scores(graph, {name: change.float() for name, change in changes.items()}, str(self))
 
 
-@outside_inference()
+@undisturbed()
 @torch.no_grad()
 def loss_changes(
     graph: DependencyGraph,

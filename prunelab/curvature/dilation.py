@@ -20,13 +20,13 @@ from prunelab.curvature.pieces import check_finite, check_part, leaves, pieces, 
 from prunelab.curvature.twice import CONVOLUTIONS, Rewrite, twice_differentiable
 from prunelab.errors import PruneLabError
 from prunelab.isolation import evaluating, replaced
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 LINEAR_IN_PARAMETERS: dict[Callable[..., Any], int] = {F.linear: 1, F.batch_norm: 3, **dict.fromkeys(CONVOLUTIONS, 1)}
 """Function -> where its weight stands among its arguments; the bias follows it."""
 
 
-@outside_inference()
+@undisturbed()
 def pair_matrix(
     model: nn.Module,
     batches: Batches | None,

@@ -20,7 +20,7 @@ from prunelab.batches import Batches, Loss, call, checked, mean_loss
 from prunelab.curvature.fisher import sampled_labels
 from prunelab.errors import BatchError, BudgetError, PruneLabError
 from prunelab.isolation import evaluating, ordinary
-from prunelab.switches import outside_inference, plain_attention
+from prunelab.switches import plain_attention, undisturbed
 
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
@@ -180,7 +180,7 @@ def samples(inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         )
 
 
-@outside_inference()
+@undisturbed()
 def _mean(
     model: nn.Module,
     batches: Batches | None,

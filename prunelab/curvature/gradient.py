@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.errors import BatchError
 from prunelab.isolation import evaluating, ordinary
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 
-@outside_inference()
+@undisturbed()
 def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples, ``g = E[∂ℓ/∂w]``, in eval mode.
 

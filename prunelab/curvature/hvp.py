@@ -27,7 +27,7 @@ from prunelab.curvature.twice import twice_differentiable
 from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BudgetError, PruneLabError
 from prunelab.isolation import evaluating
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 __all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
 
@@ -91,7 +91,7 @@ def functional_product(
     return product(model, batches, vectors, loss, part="functional", chunk=chunk)
 
 
-@outside_inference()
+@undisturbed()
 def product(
     model: nn.Module,
     batches: Batches | None,

@@ -24,7 +24,7 @@ from prunelab.factorization.sites import Positions, Site, find, uses
 from prunelab.isolation import copied
 from prunelab.sparsity.masks import mask_of, parameters_of
 from prunelab.surgery.modules import free
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.named import covered
 
@@ -82,7 +82,7 @@ def factorize(
     >>> type(small[2]).__name__, count(small, images).flops <= 0.5 * count(model, images).flops
     ('Bottleneck', True)
     """
-    with outside_inference():
+    with undisturbed():
         _refuse_masks(model)
         kind, share = _budget(flops, params)
         if per not in ("auto", "flops", "params", "unit"):

@@ -23,7 +23,7 @@ from prunelab.io.atomic import replacing
 from prunelab.io.header import Header
 from prunelab.isolation import copied, held
 from prunelab.surgery.apply import PLANS
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise DataError(f"{path} cannot be written: {error}") from error
 
 
-@outside_inference()
+@undisturbed()
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Return a copy of ``model`` with every step in the file done again, and with the file's weights.
 

@@ -21,7 +21,7 @@ from prunelab.planning import pools
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, levels_of, smallest_gift
 from prunelab.planning.plan import Cut, Plan
 from prunelab.planning.timing import Timing, fit_latency
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing.trace import DependencyGraph
 
 COSTS = ("flops", "params", "bytes")
@@ -55,7 +55,7 @@ class Options:
             pools.check_ratio("max_ratio", self.max_ratio)
 
 
-@outside_inference()
+@undisturbed()
 def plan(
     scores: Scores,
     *,

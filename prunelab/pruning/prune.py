@@ -29,7 +29,7 @@ from prunelab.pruning.schedule import Schedule, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
 from prunelab.surgery.apply import apply
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -37,7 +37,7 @@ BEFORE, CUT, TUNED = "before", "cut", "fine-tuned"
 """The stages of a run, as they stand in its report."""
 
 
-@outside_inference()
+@undisturbed()
 def prune(
     model: nn.Module,
     example_inputs: fakes.Inputs,

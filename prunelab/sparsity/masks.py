@@ -20,7 +20,7 @@ from prunelab.errors import PlanError
 from prunelab.isolation import copied, modes_kept
 from prunelab.surgery.apply import PLANS
 from prunelab.surgery.modules import layer_type
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 LAYERS = (
     nn.Linear,
@@ -90,7 +90,7 @@ class Sparsified:
         return put_masks(model, {name: torch.ones_like(value_of(model, name), dtype=torch.bool) for name in self.names})
 
 
-@outside_inference()
+@undisturbed()
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Return ``model`` with its zeros written into the weights and the masks taken off: plain layers again.
 

@@ -16,7 +16,7 @@ from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BudgetError, PlanError
 from prunelab.isolation import copied
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 
 
 def sparsify(
@@ -65,7 +65,7 @@ def sparsify(
     >>> (sparse[0].weight != 0).tolist()
     [[False, False, False, False], [False, False, True, True]]
     """
-    with outside_inference():
+    with undisturbed():
         refuse_wrapped(model)
         density = _checked_density(density, pattern)
         if scope not in ("global", "layer"):

@@ -20,7 +20,7 @@ from prunelab.planning.plan import Plan
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.modules import free
 from prunelab.surgery.rehearsal import compare
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.groups import VIEWS
@@ -30,7 +30,7 @@ PLANS = "prunelab_plans"
 """Name of the attribute in which a pruned model carries the plans that made it."""
 
 
-@outside_inference()
+@undisturbed()
 def apply(
     model: nn.Module,
     plan: Plan,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from prunelab.isolation import copied
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.trace import DependencyGraph
 
@@ -31,7 +31,7 @@ NORMS = {
 }
 
 
-@outside_inference()
+@undisturbed()
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 

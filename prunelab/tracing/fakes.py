@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
 from prunelab.isolation import held, modes_kept
-from prunelab.switches import outside_inference
+from prunelab.switches import undisturbed
 from prunelab.tracing import hooks
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
@@ -91,7 +91,7 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
         PruneLabError: it is in a wrapper (``DistributedDataParallel``, ``torch.compile``).
     """
     refuse_wrapped(model)
-    with held(model), outside_inference():
+    with held(model), undisturbed():
         return _fake_model(model, mode)
 
 
@@ -108,6 +108,9 @@ def _fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
+        for value in vars(module).values():  # computed from parameters, as by the old weight_norm
+            if isinstance(value, FakeTensor) or (isinstance(value, Tensor) and not value.is_leaf):
+                memo[id(value)] = fake_tensor(value, mode)
     found = hooks.emptied(modules, memo)
     try:
         copied = forget(_copy(model, [module for _, module in modules], memo))

@@ -6,8 +6,8 @@ and ``prune`` compute weights in one, and a hook that returns something changes 
 the fake copy of a model:
 
 - hooks of PyTorch itself (and of prunelab) run;
-- if no other hook can change a result, none of the others runs.  Their code tells: it returns nothing, or only what
-  ``print`` or a list's ``append`` returns, and has no operation that writes to a tensor or to the module;
+- if no other hook can change a result, none of the others runs.  Their code tells: it returns nothing, what it was
+  given, or what ``print`` or a list's ``append`` returns, and does not write to a tensor or to the module;
 - if one can, all of them run, since one may keep what another adds, but on copies of whatever they refer to.  A hook
   that cannot run without data is left out, with a warning that names it.
 
@@ -154,12 +154,17 @@ def may_change(hook: Callable[..., Any]) -> bool:
     steps = [step for step in dis.get_instructions(function) if step.opname not in _FILLER]
     if _writes(function, steps):
         return True
+    required = function.__code__.co_argcount - len(function.__defaults__ or ())
+    arguments = function.__code__.co_varnames[:required]
+    stored = {step.argval for step in steps if step.opname.startswith("STORE_FAST")}
+    unchanged = tuple(set(arguments[-1:]) - stored)  # a hook's last argument is what it may change
     for place, step in enumerate(steps):
         if step.opname == "RETURN_CONST" and step.argval is not None:
             return True
         if step.opname == "RETURN_VALUE":
             before = steps[place - 1]
             nothing = before.opname == "LOAD_CONST" and before.argval is None
+            nothing = nothing or _loads(before, unchanged)
             if step.is_jump_target or not (nothing or _returns_nothing(function, steps)):
                 return True
     return False
