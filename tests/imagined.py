@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 
 MPS = torch.device("mps")
@@ -39,7 +38,7 @@ class OnMPS(Tensor):
             return _moved(args, kwargs)
         if name in ("copy_", "item", "tolist", "as_subclass", "__setitem__"):
             return super().__torch_function__(func, types, args, kwargs)
-        if kwargs.get("device") is not None:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "mps":
             kwargs["device"] = torch.device("cpu")
         others = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, nn.Parameter) and leaf.dim()]
         if any(leaf.dtype in DOUBLE for leaf in others):
@@ -59,7 +58,7 @@ class ImaginedMPS(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         place = kwargs.get("device")
-        if func in _device_constructors() and place is not None and torch.device(place).type == "mps":
+        if func is not Tensor.to and place is not None and torch.device(place).type == "mps":
             made = func(*args, **{**kwargs, "device": "cpu"})
             if made.dtype in DOUBLE:
                 raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype, as `{func.__name__}` would.")
