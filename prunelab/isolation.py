@@ -172,7 +172,7 @@ class _Snapshot:
     def __init__(self, model: nn.Module) -> None:
         modules = [module for module in model.modules() if not type(module).__module__.startswith(_OTHERS)]
         self.attributes = [(vars(module), dict(vars(module))) for module in modules]
-        self.containers = [
+        self.containers: list[tuple[Any, Any]] = [
             (value, type(value)(value) if type(value) is not defaultdict else dict(value))
             for _, before in self.attributes
             for value in before.values()
@@ -184,19 +184,19 @@ class _Snapshot:
         """Put back what has changed."""
         for now, before in self.attributes:
             _put_back(now, before)
-        for value, before in self.containers:
+        for value, content in self.containers:
             if isinstance(value, list):
-                if len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
-                    value[:] = before
+                if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+                    value[:] = content
             elif isinstance(value, set):
-                value &= before
-                value |= before
+                value &= content
+                value |= content
             else:
-                _put_back(value, before)
+                _put_back(value, content)
         with torch.no_grad():
-            for buffer, version, before in self.buffers:
+            for buffer, version, original in self.buffers:
                 if _version(buffer) != version or version is None:
-                    buffer.copy_(before)
+                    buffer.copy_(original)
 
 
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:

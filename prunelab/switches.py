@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -61,6 +60,22 @@ def _layer_by_layer() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Do as ``sdpa_kernel(SDPBackend.MATH)``, which one thread cannot enter and another leave."""
+    flags = torch.backends.cuda
+    fused = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp")
+    wanted = dict.fromkeys(fused, False) | {"math_sdp": True}
+    before = {name: getattr(flags, f"{name}_enabled")() for name in wanted}
+    try:
+        for name, value in wanted.items():
+            getattr(flags, f"enable_{name}")(value)
+        yield
+    finally:
+        for name, value in before.items():
+            getattr(flags, f"enable_{name}")(value)
 
 
 @contextmanager
@@ -127,7 +142,7 @@ no_global_hooks = Switch(_no_global_hooks)
 uncollected = Switch(_uncollected)
 """The garbage collector waits."""
 
-plain_attention = Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+plain_attention = Switch(_plain_attention)
 """Attention is computed by operators that have second derivatives, instead of a fused one that has not."""
 
 _DUAL = threading.RLock()  # PyTorch has one level of dual numbers for all threads, and refuses a second
