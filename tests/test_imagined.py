@@ -1,4 +1,4 @@
-"""Apple GPUs have no float64: none is ever asked for it, and the numbers are those of the CPU."""
+"""Apple GPUs have no float64: it is never asked of one, and the numbers are those of the CPU."""
 
 from __future__ import annotations
 

@@ -146,8 +146,9 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """Find the groups of coupled slices of ``model``, without computing anything.
 
     The model runs once, in eval mode, as a copy on tensors that have a shape and no data; the model itself is not
-    touched, and may be of any size and on any device.  If that leaves parameters unused, it runs once more in training
-    mode, for auxiliary heads.
+    touched, and may be of any size and on any device.  Its hooks run only as far as they are part of the function
+    (``prunelab.tracing.hooks``).  If that leaves parameters unused, it runs once more in training mode, for auxiliary
+    heads.
 
     Args:
         model: any module that PyTorch can run on fake tensors: no hints are needed.
