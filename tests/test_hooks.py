@@ -117,6 +117,50 @@ def test_a_hook_that_changes_nothing_does_not_run(model, x, name):
     assert not KEPT and not BY_NAME and before == COUNTER and not called
 
 
+def changers() -> dict[str, Callable[..., Any]]:
+    def adds_in_place(module: nn.Module, inputs: Any, output: Any) -> None:
+        output.add_(1)
+
+    def adds_by_a_statement(module: nn.Module, inputs: Any, output: Any) -> None:
+        output += 1
+
+    def fills(module: nn.Module, inputs: Any, output: Any) -> None:
+        output[:, 0] = 0
+
+    def sets_a_weight(module: nn.Module, inputs: Any) -> None:
+        module.weight = module.raw * 2
+
+    def returns_another(module: nn.Module, inputs: Any, output: Any) -> Any:
+        first, output = inputs[0], output * 2
+        print(first)
+        return output
+
+    def returns_its_input(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return inputs
+
+    def returns_a_default(module: nn.Module, inputs: Any, output: Any, kept: Any = KEPT) -> Any:
+        return kept
+
+    def returns_one_or_nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return module.extra or None
+
+    named = [adds_in_place, adds_by_a_statement, fills, sets_a_weight, returns_another, returns_its_input]
+    named += [returns_a_default, returns_one_or_nothing]
+    return {hook.__name__: hook for hook in named} | {
+        "a product": lambda module, inputs, output: output * 2,
+        "a sum, called add": lambda module, inputs, output: output.add(1),
+        "a list, then a product": lambda module, inputs, output: KEPT.append(output) or output * 2,
+        "one or nothing": lambda module, inputs, output: None if module.training else output * 2,
+        "an attribute": lambda module, inputs: setattr(module, "weight", 1),
+        "a function of one's own": lambda module, inputs, output: keep_by_name(module, inputs, output),
+    }
+
+
+@pytest.mark.parametrize("name", changers())
+def test_a_hook_that_may_change_something_is_told_from_one_that_does_not(name):
+    assert may_change(changers()[name])
+
+
 def test_features_that_were_kept_stay_what_they_were(model, x):
     features = Features()
     model[1].register_forward_hook(features.keep)

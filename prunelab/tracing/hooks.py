@@ -156,7 +156,7 @@ def may_change(hook: Callable[..., Any]) -> bool:
         return True
     required = function.__code__.co_argcount - len(function.__defaults__ or ())
     arguments = function.__code__.co_varnames[:required]
-    stored = {step.argval for step in steps if step.opname.startswith("STORE_FAST")}
+    stored = {name for step in steps if step.opname.startswith("STORE_FAST") for name in _names(step)}
     unchanged = tuple(set(arguments[-1:]) - stored)  # a hook's last argument is what it may change
     for place, step in enumerate(steps):
         if step.opname == "RETURN_CONST" and step.argval is not None:
@@ -192,7 +192,13 @@ def _writes(function: types.FunctionType, steps: list[dis.Instruction]) -> bool:
 
 
 def _loads(step: dis.Instruction, names: tuple[str, ...]) -> bool:
-    return step.opname.startswith("LOAD_FAST") and step.argval in names
+    """Return whether what a step loads, last if it loads two, is one of some variables."""
+    return step.opname.startswith("LOAD_FAST") and _names(step)[-1] in names
+
+
+def _names(step: dis.Instruction) -> tuple[str, ...]:
+    """Return the variables of a step; since Python 3.13 there may be two."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
 
 
 def _returns_nothing(function: types.FunctionType, steps: list[dis.Instruction]) -> bool:
