@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -48,6 +49,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise_out_of_memory(error)
         raise BatchError(f"{type(model).__name__} cannot take inputs of shape {_shapes(inputs)}: {error}") from error
 
 
@@ -61,6 +63,7 @@ def mean_loss(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss) -> Ten
     try:
         return loss(outputs, targets)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise_out_of_memory(error)
         given = f"outputs of shape {_shapes(outputs)} and targets of shape {_shapes(targets)}"
         raise BatchError(f"The loss of {type(model).__name__} cannot take {given}: {error}") from error
 

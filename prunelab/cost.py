@@ -17,8 +17,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunelab.batches import call, eval_mode
+from prunelab.batches import call
+from prunelab.devices import synchronize
 from prunelab.errors import BatchError
+from prunelab.isolation import eval_mode
+from prunelab.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 from prunelab.tracing.axes import size_with
@@ -56,6 +59,16 @@ def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: A
 _MISSING_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
 
 
+class _Whole:
+    """Takes the place of what counts by module, with hooks on all modules of the process; only the sum is asked for."""
+
+    parents, is_bw = frozenset({"Global"}), False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
 def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     """Count what one forward pass of ``model`` costs, without computing it.
 
@@ -73,15 +86,12 @@ def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     copy = fakes.fake_model(model, mode).eval()
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FLOPS)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
     try:
-        with torch.no_grad(), mode, Answering(mode), counter:
+        with without_data(), mode, Answering(mode), counter:
             copy(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
     tensors = [*model.parameters(), *model.buffers()]
     return Cost(
         flops=int(counter.get_total_flops()),
@@ -139,8 +149,7 @@ def _blocks(run: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _clock() -> float:
-    if torch.accelerator.is_available():  # which works on after a call has returned
-        torch.accelerator.synchronize()
+    synchronize()  # an accelerator works on after a call has returned
     return time.perf_counter()
 
 

@@ -27,6 +27,7 @@ from prunelab.errors import PruneLabError
 from prunelab.planning.plan import Plan
 from prunelab.plots.style import png
 from prunelab.plots.units import budget_view
+from prunelab.switches import uncollected
 from prunelab.tracing.groups import Group
 
 COLUMNS = ("criterion", "budget", "flops_kept", "params_kept", "accuracy")
@@ -103,13 +104,11 @@ def collection_put_off() -> Iterator[None]:
     Figures are garbage of the kind that it has to look for.  Every now and then one would set off a search through
     everything, which takes a third of a second once torch is loaded.
     """
-    usual = gc.isenabled()
-    gc.disable()
     try:
-        yield
+        with uncollected:
+            yield
     finally:
-        if usual:
-            gc.enable()
+        if gc.isenabled():
             gc.collect(0)
 
 

@@ -13,10 +13,10 @@ from torch.nn.utils import prune
 
 import prunelab as pl
 from prunelab.errors import DataError, PlanError, TraceError
+from prunelab.isolation import copied
 from prunelab.replay.tape import record
 from prunelab.tracing import recorder as recorder_module
 from prunelab.tracing import rules
-from prunelab.tracing.fakes import copied
 from prunelab.tracing.outputs import result_tensors, tensors_of
 from tests.cases import error, random_plan
 
@@ -123,14 +123,14 @@ def test_scripted_modules_are_to_be_cut_before_they_are_scripted():
             pl.trace(model, torch.ones(2, 6))
 
 
-def test_masks_of_torch_prune_are_to_be_removed_first():
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+def test_masks_of_torch_prune_are_cut_with_their_weights():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 6)
     prune.l1_unstructured(model[0], "weight", 0.3)
     prune.random_unstructured(model[0], "weight", 0.3)
-    with pytest.raises(TraceError, match=r'Module `0` .*prune\.remove\(model\.get_submodule\("0"\), "weight"\)'):
-        pl.trace(model, torch.ones(2, 6))
-    prune.remove(model.get_submodule("0"), "weight")
-    assert pl.trace(model, torch.ones(2, 6)).groups
+    plan = pl.plan(pl.criteria.Random()(pl.trace(model, x)), ratio=0.5)
+    cut = pl.apply(model, plan)
+    assert cut[0].weight_mask.shape == cut[0].weight_orig.shape == (4, 6)
+    torch.testing.assert_close(cut(x), pl.masked(model, plan)(x))
 
 
 # ── results that a model keeps ────────────────────────────────────────────────────────────────────────────────────

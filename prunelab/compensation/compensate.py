@@ -29,9 +29,9 @@ from prunelab.compensation.refit import losing_inputs, refit_consumers, refit_pr
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.factor_sums import KINDS, key
 from prunelab.curvature.inputs import MEMORY, InputMoment, consumers, describe, read, summed
-from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.taps import LayerCall, Taps
 from prunelab.errors import BatchError, BudgetError
+from prunelab.isolation import evaluating, ordinary
 from prunelab.planning.plan import Plan
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
@@ -125,7 +125,7 @@ def make_up(
         fresh, left = refit_consumers(model, moments, graph, kept, how.damping)
     if left:
         reasons = "; ".join(f"`{name}` ({why})" for name, why in left.items())
-        warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=3)
+        warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=4)
     return fresh
 
 
@@ -158,7 +158,7 @@ def input_moments(
             sums[name] = sums[name] + total if name in sums else total
 
     with evaluating(model), torch.no_grad():
-        for inputs, _ in checked(model, batches, "compensation"):
+        for inputs, _ in ordinary(checked(model, batches, "compensation")):
             number += 1
             with Taps(model, after=add_sum, keep=False):
                 call(model, inputs)

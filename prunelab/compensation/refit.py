@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunelab.curvature.inputs import InputMoment, Layer, like_weight, matrix
 from prunelab.curvature.kronecker import Factors
+from prunelab.devices import exact
 from prunelab.errors import BatchError
 from prunelab.tracing.trace import DependencyGraph
 
@@ -188,8 +189,8 @@ def refit_producers(
         if found.weight not in parameters or found.rows.stop > len(parameters[found.weight]):
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()
-        stay = kept_outputs(found, graph, kept).to(weight.device)
-        fisher = (found.S if found.groups > 1 else found.S[None]).double()
+        fisher = exact(found.S if found.groups > 1 else found.S[None])
+        stay = kept_outputs(found, graph, kept).to(fisher.device)
         flat = matrix(found, weight).to(fisher)
         change, mixing = torch.zeros_like(flat), torch.zeros_like(fisher)
         for group, mask in enumerate(stay):

@@ -33,11 +33,12 @@ from prunelab.compensation.refit import (
     ridge,
 )
 from prunelab.curvature.factor_sums import key
-from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix, sums_on
-from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix
 from prunelab.curvature.per_sample import as_float
 from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.devices import exact_on
 from prunelab.errors import BatchError
+from prunelab.isolation import evaluating, ordinary
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
 from prunelab.surgery.silence import masked
@@ -64,7 +65,7 @@ def refit_in_order(
     """
     if how.batches is None:
         raise BatchError("sequential=True needs batches, and these statistics hold none: Compensation(batches, …).")
-    held = list(checked(model, how.batches, "compensation"))
+    held = list(ordinary(checked(model, how.batches, "compensation")))
     losing = losing_inputs(graph, kept)
     silent = masked(model, plan).eval()
     weights = {name: value.detach() for name, value in silent.named_parameters()}
@@ -257,7 +258,7 @@ class _Work:
         """Return ``Σ u uᵀ`` and ``Σ y uᵀ`` of one call, without groups over the inputs that stay only."""
         weight, wanted = self.weights[seen.weight], _by_columns(seen, wanted)
         keep = kept_inputs(seen, self.graph, self.kept)[0].nonzero().flatten().to(weight.device)
-        inputs = targets = torch.zeros((), dtype=torch.float64, device=sums_on(weight))
+        inputs = targets = torch.zeros((), dtype=torch.float64, device=exact_on(weight.device))
         place = 0
         for chunk, one in columns(seen, weight, keep if seen.groups == 1 else None):
             chunk = torch.cat([chunk, one.expand(seen.groups, 1, chunk.shape[-1])], 1)

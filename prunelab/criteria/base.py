@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.errors import BudgetError, DataError, PlanError
+from prunelab.switches import undisturbed
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.recorder import named_tensors
 from prunelab.tracing.trace import DependencyGraph
@@ -86,15 +87,16 @@ class Scores(Mapping[Group, Tensor]):
 class Criterion(ABC):
     """A way to score units: ``criterion(graph, batches) -> Scores``."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in ("__call__", "elementwise"):
-            if name in vars(cls):
-                setattr(cls, name, _with_data(vars(cls)[name]))
-
     @abstractmethod
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every criterion run outside of inference mode, where there are no gradients, and say what has no data."""
+        super().__init_subclass__(**options)
+        for name in ("__call__", "elementwise"):
+            if name in vars(cls):
+                setattr(cls, name, undisturbed()(_with_data(vars(cls)[name])))
 
     def __str__(self) -> str:
         return type(self).__name__.lower()

@@ -18,6 +18,7 @@ from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
+from prunelab.devices import exact
 from prunelab.errors import BatchError, BudgetError
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -91,7 +92,7 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
 
 def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
     """Return ``(M + damping · mean eigenvalue · I)⁻¹`` of symmetric matrices ``[…, n, n]``; inverted in float64."""
-    values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    values, vectors = torch.linalg.eigh(exact(matrix.cpu()))
     values = values.clamp_min(0)
     values = values + damping * values.mean(-1, keepdim=True).clamp_min(1e-30)
     return ((vectors / values[..., None, :]) @ vectors.mT).to(matrix)

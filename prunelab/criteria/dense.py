@@ -6,7 +6,6 @@ network with its least costly weights removed by exact OBS steps (``prune_weight
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +17,14 @@ from prunelab.criteria.surgeon import damped_inverse, greedy
 from prunelab.curvature import exact
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
+from prunelab.isolation import copied
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
+from prunelab.switches import undisturbed
 
 FISHERS = ("empirical", "mc", "ggn", "hessian")
 
 
+@undisturbed()
 def prune_weights(
     model: nn.Module,
     batches: Batches | Statistics | None,
@@ -74,7 +76,7 @@ def prune_weights(
     if unknown or not chosen:
         raise PlanError(f"{type(model).__name__} has no parameter `{(unknown or ['weight'])[0]}` that could be pruned.")
     among = torch.cat([torch.full((value.numel(),), name in chosen) for name, value in parameters.items()])
-    total, kept, out = int(among.sum()), torch.ones(len(among), dtype=torch.bool), copy.deepcopy(model)
+    total, kept, out = int(among.sum()), torch.ones(len(among), dtype=torch.bool), copied(model)
     goal = total - max(round(density * total), 1)
     for step in range(steps):
         weights, inverse = bowl(out, batches, fisher=fisher, damping=damping, loss=loss, seed=seed, kept=kept)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
+from prunelab.devices import exact
 from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -70,11 +71,11 @@ def geometric_median(points: Tensor, iterations: int = 200, tolerance: float = 1
 
     Source: Vardi & Zhang 2000, *The multivariate L1-median and associated data depth*, section 2.
     """
-    exact = points if points.device.type == "mps" else points.double()
-    median = exact.mean(0)
-    scale = (exact - median).norm(dim=1).mean()
+    points, like = exact(points), points
+    median = points.mean(0)
+    scale = (points - median).norm(dim=1).mean()
     for _ in range(iterations):
-        difference = exact - median
+        difference = points - median
         distance = difference.norm(dim=1)
         apart = distance > 1e-12 * scale
         if not apart.any():
@@ -88,4 +89,4 @@ def geometric_median(points: Tensor, iterations: int = 200, tolerance: float = 1
         median = median + move
         if move.norm() <= tolerance * scale:
             break
-    return median.to(points.dtype)
+    return median.to(like)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, checked
@@ -22,8 +21,10 @@ from prunelab.criteria.gates import Gates, samples
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.layout import leaves
-from prunelab.curvature.one_pass import evaluating
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
+from prunelab.isolation import evaluating, ordinary
+from prunelab.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
 
 CURVATURES = ("ggn", "mc", "empirical", "hessian")
@@ -105,7 +106,8 @@ class Gate(Criterion):
         seen = 0
         sums: list[Tensor] = []
         with evaluating(graph.model):
-            bar = tqdm(checked(graph.model, batches, "gate"), desc="gate", disable=not self.progress, leave=False)
+            checks = ordinary(checked(graph.model, batches, "gate"))
+            bar = tqdm(checks, desc="gate", disable=not self.progress, leave=False)
             for number, (inputs, targets) in enumerate(bar):
                 gates = self._gates(graph, inputs)
                 for found in self._sums(gates, inputs, targets, seen):
@@ -132,7 +134,7 @@ class Gate(Criterion):
         like = next(p for p in gates.model.parameters() if p.is_floating_point())
         ones = torch.ones(gates.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         if self.curvature == "hessian":
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
+            with torch.enable_grad(), plain_attention:  # fused attention has no double backward
                 yield self._hessian(gates, inputs, targets, ones)
             return
         parts = [(inputs, targets, ones.repeat(len(targets), 1))]
@@ -174,6 +176,7 @@ class Gate(Criterion):
         try:
             check_mean(outputs, targets, self.loss)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise_out_of_memory(error)
             raise BatchError(f"The loss cannot take the outputs with targets {list(targets.shape)}: {error}") from error
 
     def _hessian(self, gates: Gates, inputs: Any, targets: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:

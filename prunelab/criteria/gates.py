@@ -21,6 +21,7 @@ from prunelab.surgery.weighted import WEIGHTED, weighted
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, leaves_of, tensors_of
 from prunelab.tracing.groups import unit_map
+from prunelab.tracing.hooks import only_needed
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -73,7 +74,7 @@ class Gates:
         axes = RealAxes(self.model, graph)
         learned = _Learning(axes)
         two = take(inputs, [0, number - 1])
-        with torch.no_grad(), axes, learned:
+        with torch.no_grad(), only_needed(self.model), axes, learned:
             call_model(self.model, two)
         axes.check(axes.leaves)
         self.jobs = _jobs(graph, axes, learned.calls)
@@ -91,7 +92,7 @@ class Gates:
         runs = []
         for places in ([0, number - 1], [0, 0], [0, number - 1, 0]):
             some = take(inputs, places)
-            with torch.no_grad(), _Operands(self.jobs, self.names) as seen:
+            with torch.no_grad(), only_needed(self.model), _Operands(self.jobs, self.names) as seen:
                 call_model(self.model, some)
             runs.append(seen.operands)
         for key, job in enumerate(job for jobs in self.jobs.values() for job in jobs):
@@ -104,7 +105,7 @@ class Gates:
             BatchError: the model calls other functions than on the batch that these gates were made for, or consumes a
                 unit where no derivative passes.
         """
-        with _Gating(self.jobs, self.names, z):
+        with only_needed(self.model), _Gating(self.jobs, self.names, z):
             return call_model(self.model, inputs)
 
 
@@ -164,15 +165,21 @@ class _Learning(WatchedCalls):
         self.calls: dict[int, FunctionCall] = {}
 
     def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Number the call."""
-        self.names.append(getattr(func, "__name__", ""))
-        return super().on_call(func, args, kwargs)
+        """Number the call, if it returns tensors: what else is called may depend on whether gradients are on."""
+        out = super().on_call(func, args, kwargs)
+        if tensors_of(out):
+            self.names.append(_name(func))
+        return out
 
     def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """Keep the call."""
-        if call.name != "__setitem__":
-            self.calls[len(self.names) - 1] = call
+        if tensors_of(out):
+            self.calls[len(self.names)] = call
         return out
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "").partition(".")[0]
 
 
 class _Numbered(Calls):
@@ -180,18 +187,21 @@ class _Numbered(Calls):
 
     def __init__(self, jobs: dict[int, list[Gated]], names: list[str]) -> None:
         super().__init__()
-        self.jobs, self.names, self.number = jobs, names, -1
+        self.jobs, self.names, self.number = jobs, names, 0
 
     def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call the function, with gates where it has some."""
-        self.number += 1
-        if self.names[self.number : self.number + 1] != [getattr(func, "__name__", "")]:
-            raise BatchError(
-                "The model calls other functions for some samples of a batch than for others, so gates do not know "
-                "what they multiply: put samples that are alike into one batch."
-            )
-        jobs = self.jobs.get(self.number)
-        return func(*args, **kwargs) if jobs is None else self.gated(jobs, func, args, kwargs)
+        name, jobs = _name(func), self.jobs.get(self.number)
+        here = jobs is not None and jobs[0].name == name
+        out = self.gated(jobs, func, args, kwargs) if jobs is not None and here else func(*args, **kwargs)
+        if tensors_of(out):
+            if self.names[self.number : self.number + 1] != [name]:
+                raise BatchError(
+                    "The model calls other functions for some samples of a batch than for others, so gates do not know "
+                    "what they multiply: put samples that are alike into one batch."
+                )
+            self.number += 1
+        return out
 
     def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call the function with gates."""

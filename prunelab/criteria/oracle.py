@@ -20,13 +20,16 @@ from tqdm.auto import tqdm
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
+from prunelab.devices import exact
 from prunelab.errors import BatchError, PlanError
+from prunelab.isolation import copied, ordinary
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import Change, Changes
 from prunelab.surgery.weight_norm import folded, scaled_rows
+from prunelab.switches import undisturbed
 from prunelab.tracing.axes import Axis, leaves
 from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
-from prunelab.tracing.fakes import copied, forget
+from prunelab.tracing.fakes import forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 
@@ -65,6 +68,7 @@ class Oracle(Criterion):
         return Scores(graph, {name: change.float() for name, change in changes.items()}, str(self))
 
 
+@undisturbed()
 @torch.no_grad()
 def loss_changes(
     graph: DependencyGraph,
@@ -103,14 +107,14 @@ def loss_changes(
     seen = 0
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
-    for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
+    for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "oracle"))):
         replay = _Replay(model, graph, partial(mean_loss, model, inputs, targets, loss), cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")
         for name, chosen in units.items():
             for place, unit in enumerate(chosen):
                 lost = replay.without(graph, groups[name], unit, parameters) - replay.base
-                change[name][place] += lost.double().cpu() * len(targets)
+                change[name][place] += exact(lost).cpu() * len(targets)
                 bar.update()
         seen += len(targets)
     bar.close()

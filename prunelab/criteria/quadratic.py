@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.curvature.one_pass import evaluating
-from prunelab.curvature.pieces import Replaced, leaves, pieces, pulled, slopes
+from prunelab.curvature.pieces import leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes
+from prunelab.devices import exact, raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
+from prunelab.isolation import evaluating, replaced
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -107,7 +108,7 @@ class Quadratic(Criterion):
                             f"The derivatives in the units of `{group.name}` are not finite in batch {number}: "
                             "check its inputs."
                         )
-                    total[group.name] += sums.double().cpu()
+                    total[group.name] += exact(sums).cpu()
                 seen += len(targets)
         return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
 
@@ -144,8 +145,8 @@ class Quadratic(Criterion):
         parameters = dict(model.named_parameters())
         like = next(iter(parameters.values()))
         s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
-        with twice_differentiable():
-            outputs = call(Replaced(model, scaled(parameters, group, s)), inputs)
+        with twice_differentiable(), replaced(model, scaled(parameters, group, s)):
+            outputs = call(model, inputs)
         tensors = leaves(outputs)
         ends, found = slopes(outputs, targets, self.loss, check=check)
         values, backs = tensors, [slope.detach() for slope in found]
@@ -196,7 +197,8 @@ def each(curvature: Callable[[Tensor], Tensor], steps: Tensor, chunk: int, bar: 
         some = steps[start : start + chunk]
         try:
             found = torch.func.vmap(curvature)(some)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError as error:  # vmap does not know an operator
+            raise_out_of_memory(error, "give smaller batches, or a smaller chunk")
             break
         yield found.detach()
         start += len(some)

@@ -29,5 +29,7 @@ class Random(Criterion):
         """Return the scores; ``batches`` are not looked at."""
         generator = torch.Generator().manual_seed(self.seed)
         return Scores(
-            graph, {group.name: torch.rand(group.size, generator=generator) for group in graph.groups}, str(self)
+            graph,
+            {group.name: torch.rand(group.size, generator=generator, dtype=torch.float32) for group in graph.groups},
+            str(self),
         )

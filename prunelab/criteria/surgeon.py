@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunelab.devices import exact
 from prunelab.errors import BudgetError
 
 
@@ -51,10 +52,10 @@ def damped(matrix: Tensor, damping: float = 0.0) -> Tensor:
     """
     if not damping >= 0:
         raise BudgetError(f"damping={damping!r} is no number of at least 0.")
-    exact = matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()  # mps has no float64
-    exact = (exact + exact.mT) / 2
-    level = damping * exact.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)  # nothing at all costs nothing
-    return exact + torch.diag_embed(level[..., None].expand(exact.shape[:-1]))
+    matrix = exact(matrix)
+    matrix = (matrix + matrix.mT) / 2
+    level = damping * matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)  # nothing at all costs nothing
+    return matrix + torch.diag_embed(level[..., None].expand(matrix.shape[:-1]))
 
 
 def damped_inverse(matrix: Tensor, damping: float = 0.0, what: str = "The curvature") -> Tensor:

@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, call
-from prunelab.curvature.one_pass import evaluating
-from prunelab.curvature.pieces import Replaced, check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.pieces import check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import CONVOLUTIONS, Rewrite, twice_differentiable
 from prunelab.errors import PruneLabError
+from prunelab.isolation import evaluating, replaced
+from prunelab.switches import undisturbed
 
 LINEAR_IN_PARAMETERS: dict[Callable[..., Any], int] = {F.linear: 1, F.batch_norm: 3, **dict.fromkeys(CONVOLUTIONS, 1)}
 """Function -> where its weight stands among its arguments; the bias follows it."""
 
 
+@undisturbed()
 def pair_matrix(
     model: nn.Module,
     batches: Batches | None,
@@ -56,7 +58,7 @@ def pair_matrix(
             with torch.enable_grad():
                 scales = [torch.ones((), dtype=like.dtype, device=like.device, requires_grad=True) for _ in names]
                 outputs = _run(model, named, dict(zip(names, scales, strict=True)), inputs)
-                total += _pairs(outputs, targets, loss, part, scales, check=not seen).double().cpu()
+                total += _pairs(outputs, targets, loss, part, scales, check=not seen).cpu().double()
             seen += len(targets)
             check_finite(names, list(total), number)
     return total / seen
@@ -85,8 +87,9 @@ def _stacked(rows: list[list[Tensor]]) -> Tensor:
 def _run(model: nn.Module, named: Mapping[str, Tensor], scales: Mapping[str, Tensor], inputs: Any) -> Any:
     """Return the outputs with every named parameter multiplied by its scale, which is one."""
     scaled = {name: named[name] * factor for name, factor in scales.items()}
-    with twice_differentiable(_Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled})):
-        return call(Replaced(model, scaled), inputs)
+    dilation = _Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled})
+    with twice_differentiable(dilation), replaced(model, scaled):
+        return call(model, inputs)
 
 
 class _Dilation(Rewrite):

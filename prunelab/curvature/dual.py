@@ -12,7 +12,6 @@ Flows in: a model, a direction and a batch.  Flows out: the product.  Notebook 0
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -20,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from prunelab.batches import Loss, call
 from prunelab.curvature.dual_mode import Duals, pair
-from prunelab.curvature.pieces import Replaced, finite, leaves, pulled, slopes
+from prunelab.curvature.pieces import finite, leaves, pulled, slopes
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
+from prunelab.isolation import replaced
+from prunelab.switches import dual_numbers, ignoring, plain_attention
 
 
 def along(
@@ -74,7 +75,8 @@ def along(
                 backs += [slope.detach() for slope in found]
             product = pulled(values, parameters, backs, last=True)
             return product if all(map(finite, product)) else None
-    except (BatchError, RuntimeError, TypeError, ValueError, IndexError):
+    except (BatchError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise_out_of_memory(error)  # any other way takes more
         return None
 
 
@@ -83,12 +85,12 @@ def _pushed(
 ) -> tuple[Any, list[Tensor]]:
     """Return the outputs, and the derivative of each that depends on the parameters."""
     _first_dual()
-    with forward_ad.dual_level():
+    with dual_numbers():
         duals = {name: forward_ad.make_dual(named[name], value) for name, value in directions.items()}
         known: dict[int, tuple[Tensor, Tensor | None]] = {id(value): (value, None) for value in named.values()}
         known |= {id(duals[name]): (named[name], value) for name, value in directions.items()}
-        with sdpa_kernel(SDPBackend.MATH), Duals(known):
-            outputs = call(Replaced(model, duals), inputs)
+        with plain_attention, Duals(known), replaced(model, duals):
+            outputs = call(model, inputs)
         plain = tree_map(lambda leaf: pair(leaf)[0] if isinstance(leaf, Tensor) else leaf, outputs)
         moved = [pair(leaf)[1] for leaf in leaves(outputs)]
     if any(value is None for value in moved):
@@ -99,8 +101,7 @@ def _pushed(
 @cache
 def _first_dual() -> None:
     """Make a dual number, since PyTorch warns with the first of its own use of ``torch.jit.script``."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
+    with ignoring("`torch.jit.script`", FutureWarning), dual_numbers():
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from prunelab.batches import Batches, Loss, call, checked, mean_loss
 from prunelab.curvature.fisher import sampled_labels
-from prunelab.curvature.one_pass import evaluating
 from prunelab.errors import BatchError, BudgetError, PruneLabError
+from prunelab.isolation import evaluating, ordinary
+from prunelab.switches import plain_attention, undisturbed
 
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
@@ -180,6 +180,7 @@ def samples(inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         )
 
 
+@undisturbed()
 def _mean(
     model: nn.Module,
     batches: Batches | None,
@@ -201,8 +202,8 @@ def _mean(
         )
     total: Tensor | int = 0
     seen = 0
-    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch, (inputs, targets) in enumerate(checked(model, batches, "an exact matrix")):
+    with evaluating(model), torch.enable_grad(), plain_attention:
+        for batch, (inputs, targets) in enumerate(ordinary(checked(model, batches, "an exact matrix"))):
             matrix = rows([named[name] for name in chosen], inputs, targets).detach()
             if not bool(matrix.isfinite().all()):
                 raise BatchError(f"The matrix is not finite in batch {batch}: check its inputs.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from prunelab.batches import Loss
+from prunelab.devices import exact, raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
 
 FISHERS = ("empirical", "mc", "ggn")
@@ -103,9 +104,7 @@ def sampled_labels(outputs: Tensor, targets: Tensor, seed: int, first: int) -> T
             f'{list(outputs.shape)}; use fisher="ggn".'
         )
     draws = torch.from_numpy(np.stack([_uniform(seed, first + n, places.numel()) for n in range(len(outputs))]))
-    cumulative = outputs.detach().double().softmax(1).cumsum(1) if outputs.device.type != "mps" else None
-    if cumulative is None:  # which has no float64
-        cumulative = outputs.detach().cpu().double().softmax(1).cumsum(1)
+    cumulative = exact(outputs.detach()).softmax(1).cumsum(1)
     bar = draws.view(len(outputs), 1, *places).to(cumulative.device) * cumulative[:, -1:]
     return (cumulative <= bar).sum(1).clamp_max(outputs.shape[1] - 1).to(targets)
 
@@ -169,6 +168,7 @@ def _tried(outputs: Any, targets: Tensor, loss: Loss) -> Any:
     try:
         return loss(outputs, targets)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise_out_of_memory(error)
         shapes = ", ".join(str(list(leaf.shape)) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor))
         given = f"outputs of shape {shapes} and targets of shape {list(targets.shape)}"
         raise BatchError(f"The loss cannot take {given}: {error}") from error

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.errors import BatchError
+from prunelab.isolation import evaluating, ordinary
+from prunelab.switches import undisturbed
 
 
+@undisturbed()
 def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples, ``g = E[∂ℓ/∂w]``, in eval mode.
 
@@ -30,14 +33,10 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
         BatchError: the batches do not fit the model, or a gradient is not finite.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    seen, modes = 0, [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        for number, (inputs, targets) in enumerate(checked(model, batches, "the gradient")):
+    seen = 0
+    with evaluating(model):
+        for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "the gradient"))):
             with torch.enable_grad():
                 value = mean_loss(model, inputs, targets, loss)
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -48,9 +47,4 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
                     raise BatchError(f"The gradient of `{name}` is not finite in batch {number}: check its inputs.")
                 total[name] += gradient * len(targets)
             seen += len(targets)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
     return {name: value / seen for name, value in total.items()}

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, call
 from prunelab.curvature.dual import along
-from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import twice_differentiable
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BudgetError, PruneLabError
+from prunelab.isolation import evaluating
+from prunelab.switches import undisturbed
 
 __all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
 
@@ -89,6 +91,7 @@ def functional_product(
     return product(model, batches, vectors, loss, part="functional", chunk=chunk)
 
 
+@undisturbed()
 def product(
     model: nn.Module,
     batches: Batches | None,
@@ -205,7 +208,8 @@ def _each_direction(
         some = slice(start, min(start + chunk, number))
         try:
             found = torch.func.vmap(lambda *v: tuple(multiply(list(v), False)))(*(value[some] for value in directions))
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError as error:  # vmap does not know an operator
+            raise_out_of_memory(error, "give smaller batches, or a smaller chunk")
             break
         yield some, list(found)
         start = some.stop

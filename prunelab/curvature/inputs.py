@@ -21,6 +21,7 @@ from torch import Tensor
 from prunelab.curvature.patches import coverage, patches
 from prunelab.curvature.per_sample import as_float
 from prunelab.curvature.taps import LayerCall
+from prunelab.devices import exact_on
 from prunelab.tracing.axes import factors_of, is_frozen
 from prunelab.tracing.trace import DependencyGraph
 
@@ -122,18 +123,13 @@ def summed(call: LayerCall, weight: Tensor, over: str, taps: int = 1) -> Tensor:
     none).  Cost: n² multiplications per position; for a 3×3 convolution with as many outputs as inputs nine times its
     own forward pass.
     """
-    total = torch.zeros((), dtype=torch.float64, device=sums_on(weight))
+    total = torch.zeros((), dtype=torch.float64, device=exact_on(weight.device))
     for chunk, one in columns(call, weight) if over == "patches" else channels(call, weight, taps):
         below = one.expand(chunk.shape[0], 1, chunk.shape[2])
         sums = chunk @ below.mT
         grams = torch.cat([torch.cat([chunk @ chunk.mT, sums], 2), torch.cat([sums.mT, below @ below.mT], 2)], 1)
         total = total + grams.to(total)
     return total
-
-
-def sums_on(weight: Tensor) -> torch.device:
-    """Return the device on which sums are kept: the weight's own, or the CPU where that one has no float64."""
-    return torch.device("cpu") if weight.device.type == "mps" else weight.device
 
 
 def consumers(graph: DependencyGraph) -> dict[str, int]:

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunelab.devices import exact, raise_out_of_memory
+
 
 class Eigenbasis(NamedTuple):
     """Eigenvectors (columns) and eigenvalues (ascending, not negative) of both: ``A = Q_A diag(λ_A) Q_Aᵀ``."""
@@ -155,8 +157,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
         done = bool(values.isfinite().all())
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as error:  # the device has no such routine, or it did not converge
+        raise_out_of_memory(error)
         values, vectors, done = matrix, matrix, False
     if not done:
-        values, vectors = (part.to(matrix) for part in torch.linalg.eigh(matrix.cpu().double()))
+        values, vectors = (part.to(matrix) for part in torch.linalg.eigh(exact(matrix.cpu())))
     return values.clamp_min(0), vectors

@@ -6,7 +6,6 @@ Flows in: a model, batches and accumulators.  Flows out: ``Statistics``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
 from prunelab.errors import BatchError
+from prunelab.isolation import evaluating, ordinary
 from prunelab.tracing.trace import DependencyGraph
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def one_pass(
     accumulators: list[Accumulator] = []
     ways: Routes | None = None
     with evaluating(model):
-        for number, (inputs, targets) in enumerate(checked(model, batches, "collect")):
+        for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "collect"))):
             if len(targets) == 0:
                 raise BatchError(f"Batch {number} is empty.")
             inputs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
@@ -187,28 +187,6 @@ def _pull(leaves: list[Tensor], column: list[Tensor], ends: list[Any], keep: boo
         return [None] * len(ends)
     roots, backs = zip(*pairs, strict=True)
     return list(torch.autograd.grad(roots, ends, backs, retain_graph=keep, allow_unused=True))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, with gradients for all parameters; then leave it exactly as it was."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False):
-            for parameter in flags:
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _routes(model: nn.Module, inputs: Any) -> Routes:

@@ -10,26 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from prunelab.batches import Batches, Loss, checked
 from prunelab.curvature.fisher import check_mean
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError, BudgetError
+from prunelab.isolation import ordinary
 
 PARTS = ("exact", "functional", "gauss_newton")
 """H, and the two parts that it is the sum of."""
-
-
-class Replaced(nn.Module):
-    """A model some of whose parameters are replaced while it is called."""
-
-    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.call = lambda *args, **kwargs: functional_call(model, tensors, args, kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
 
 def check_part(part: str) -> None:
@@ -64,7 +54,7 @@ def pieces(model: nn.Module, batches: Batches | None, what: str) -> Iterator[tup
     Raises:
         BatchError: the batches do not fit the model.
     """
-    for number, (inputs, targets) in enumerate(checked(model, batches, what)):
+    for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, what))):
         middle = (len(targets) + 1) // 2
         for part in (slice(0, middle), slice(middle, None)):
             if part.start == 0 or len(targets[part]):
@@ -97,6 +87,7 @@ def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[l
             check_mean(again, targets, loss)
         value = loss(again, targets) * len(targets)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise_out_of_memory(error)
         raise BatchError(f"The loss cannot take the model's outputs with these targets: {error}") from error
     found = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True) if ends else []
     return ends, list(found)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from prunelab.tracing.calls import unwatched
+
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -125,7 +127,8 @@ class Taps(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.keep:
             self.calls.append(call)
-        replaced = self.before(call) if self.before else None
+        with unwatched():
+            replaced = self.before(call) if self.before else None
         call.input = call.input if replaced is None else replaced
         if kind != "linear":
             given["padding"] = call.padding
@@ -139,7 +142,8 @@ class Taps(TorchFunctionMode):
         output = func(**given)
         call.output = output
         call.edge = get_gradient_edge(output) if output.requires_grad else None
-        replaced = self.after(call) if self.after else None
+        with unwatched():
+            replaced = self.after(call) if self.after else None
         return output if replaced is None else replaced
 
     def _call(self, kind: str, given: dict[str, Any]) -> LayerCall | None:

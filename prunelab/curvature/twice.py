@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from prunelab.switches import plain_attention
 
 CONVOLUTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
     F.conv1d: (1, False),
@@ -40,7 +41,7 @@ def twice_differentiable(mode: Rewrite | None = None) -> Iterator[None]:
     Args:
         mode: a ``Rewrite`` of one's own.
     """
-    with sdpa_kernel(SDPBackend.MATH), mode or Rewrite():
+    with plain_attention, mode or Rewrite():
         yield
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prunelab.curvature.per_sample import as_float
+from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
+from prunelab.isolation import replaced
+from prunelab.switches import ignoring, plain_attention
 
 CHUNK = 32
 """Samples at a time, as long as their gradients hold no more than ``NUMBERS`` numbers."""
@@ -60,41 +62,50 @@ def squared_sums_by_vmap(
     leaves, structure = tree_flatten(inputs)
     batched = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
 
+    def outputs_of(values: dict[str, Tensor], filled: list[Any]) -> list[Tensor]:
+        x = tree_unflatten(filled, structure)
+        args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
+        with replaced(model, values):
+            return floating(model(*args, **kwargs))
+
     def product(values: dict[str, Tensor], given: list[Tensor], back: list[Tensor]) -> Tensor:
         filled = list(leaves)
         for place, leaf in zip(batched, given, strict=True):
             filled[place] = leaf[None]
-        x = tree_unflatten(filled, structure)
-        args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
-        found = floating(functional_call(model, values, args, kwargs))
+        found = outputs_of(values, filled)
         return torch.stack([(found[place][0] * v).sum() for place, v in zip(rows, back, strict=True)]).sum()
 
-    one, many = grad(product), vmap(grad(product), in_dims=(None, 0, 0))
+    many = vmap(grad(product), in_dims=(None, 0, 0))
 
-    def gradients(step: int) -> Iterator[dict[str, Tensor]]:
+    def together(step: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, samples, step):
             n = slice(start, start + step)
-            given, back = [leaves[place][n] for place in batched], [column[place][n] for place in rows]
-            if step > 1 or samples == 1:
-                yield many(chosen, given, back)
-            else:
-                found = one(chosen, [leaf[0] for leaf in given], [value[0] for value in back])
-                yield {name: value[None] for name, value in found.items()}
+            yield many(chosen, [leaves[place][n] for place in batched], [column[place][n] for place in rows])
+
+    def one_by_one() -> Iterator[dict[str, Tensor]]:
+        """Go through autograd alone, which takes any model: also one that writes to its buffers."""
+        for n in range(samples):
+            own = {name: value.clone().requires_grad_() for name, value in chosen.items()}
+            with torch.enable_grad():
+                value = product(own, [leaves[place][n] for place in batched], [column[place][n] for place in rows])
+                found: Any = [torch.zeros_like(part) for part in own.values()]
+                if value.requires_grad:
+                    found = torch.autograd.grad(value, list(own.values()), materialize_grads=True)
+            yield {name: part.detach()[None] for name, part in zip(own, found, strict=True)}
 
     step = max(1, min(CHUNK, NUMBERS // max(1, sum(value.numel() for value in chosen.values()))))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented the batching"
-        )
+    with torch.no_grad(), plain_attention:
         try:
-            return _squares(gradients(step), chosen)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+            with ignoring("There is a performance drop because we have not yet implemented the batching"):
+                return _squares(together(step) if step > 1 else one_by_one(), chosen)
+        except (RuntimeError, ValueError) as error:
+            raise_out_of_memory(error)
             warnings.warn(
                 f"torch.func.vmap cannot take {type(model).__name__}, so that the gradients of {', '.join(chosen)} are "
                 f"computed one sample after the other: {error}",
                 stacklevel=2,
             )
-            return _squares(gradients(1), chosen)
+            return _squares(one_by_one(), chosen)
 
 
 def _squares(chunks: Iterator[dict[str, Tensor]], like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,24 +6,25 @@ Flows in: a model and the ``EigenScores`` of EigenDamage.  Flows out: a model of
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from prunelab.cost import Cost, count
 from prunelab.criteria.base import Scores
 from prunelab.criteria.eigendamage import EigenScores, LayerScores
+from prunelab.devices import exact
 from prunelab.errors import BudgetError, PlanError
 from prunelab.factorization.factorized import Factorized, Narrowed, build
 from prunelab.factorization.ranks import Layer, choose
 from prunelab.factorization.sites import Positions, Site, find, uses
+from prunelab.isolation import copied
 from prunelab.sparsity.masks import mask_of, parameters_of
 from prunelab.surgery.modules import free
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.named import covered
 
@@ -81,36 +82,37 @@ def factorize(
     >>> type(small[2]).__name__, count(small, images).flops <= 0.5 * count(model, images).flops
     ('Bottleneck', True)
     """
-    _refuse_masks(model)
-    kind, share = _budget(flops, params)
-    if per not in ("auto", "flops", "params", "unit"):
-        raise BudgetError(f"per={per!r} is not one of auto, flops, params, unit.")
-    if not isinstance(scores, EigenScores):
-        name = scores.criterion if isinstance(scores, Scores) else type(scores).__name__
-        raise PlanError(f"factorize needs the scores of pl.criteria.EigenDamage(); these are of `{name}`.")
-    inputs = fakes.recall_inputs(scores.graph.inputs)
-    whole = _cost(model, inputs)
-    sites, used, dense = _candidates(model, scores, inputs, ignore)
-    layers = [_layer(site, scores.layers[name], used[name], whole, kind, per) for name, site in sites.items()]
-    rest = 1 - sum(layer.pick(0).cost for layer in layers)
-    asked = f"{kind}={share}"
-    choices = choose(layers, share - rest, by_price=per != "unit", slack=TOLERANCE * share, asked=asked)
-    narrowed = [
-        Narrowed(name, site.shape, choices[name].inward, choices[name].outward)
-        for name, site in sites.items()
-        if choices[name].inward or choices[name].outward
-    ]
-    damage = sum(choice.damage for choice in choices.values())
-    budget: dict[str, Any] = {"asked": {kind: share}, "per": per, "criterion": scores.criterion, "damage": damage}
-    note = Factorized(tuple(narrowed), train_rotations, budget, dense)
-    target = build(model if inplace else copy.deepcopy(model), note, scores.layers)
-    made = _cost(target, inputs)
-    budget["kept"] = {"flops": made.flops / whole.flops, "params": made.params / whole.params}
-    if budget["kept"][kind] > share * (1 + 1e-9):
-        warnings.warn(
-            f"{asked}: the model ends at {budget['kept'][kind]:.3f}, other code reads its weights.", stacklevel=2
-        )
-    return target
+    with undisturbed():
+        _refuse_masks(model)
+        kind, share = _budget(flops, params)
+        if per not in ("auto", "flops", "params", "unit"):
+            raise BudgetError(f"per={per!r} is not one of auto, flops, params, unit.")
+        if not isinstance(scores, EigenScores):
+            name = scores.criterion if isinstance(scores, Scores) else type(scores).__name__
+            raise PlanError(f"factorize needs the scores of pl.criteria.EigenDamage(); these are of `{name}`.")
+        inputs = fakes.recall_inputs(scores.graph.inputs)
+        whole = count(model, inputs)
+        sites, used, dense = _candidates(model, scores, inputs, ignore)
+        layers = [_layer(site, scores.layers[name], used[name], whole, kind, per) for name, site in sites.items()]
+        rest = 1 - sum(layer.pick(0).cost for layer in layers)
+        asked = f"{kind}={share}"
+        choices = choose(layers, share - rest, by_price=per != "unit", slack=TOLERANCE * share, asked=asked)
+        narrowed = [
+            Narrowed(name, site.shape, choices[name].inward, choices[name].outward)
+            for name, site in sites.items()
+            if choices[name].inward or choices[name].outward
+        ]
+        damage = sum(choice.damage for choice in choices.values())
+        budget: dict[str, Any] = {"asked": {kind: share}, "per": per, "criterion": scores.criterion, "damage": damage}
+        note = Factorized(tuple(narrowed), train_rotations, budget, dense)
+        target = build(model if inplace else copied(model), note, scores.layers)
+        made = count(target, inputs)
+        budget["kept"] = {"flops": made.flops / whole.flops, "params": made.params / whole.params}
+        if budget["kept"][kind] > share * (1 + 1e-9):
+            warnings.warn(
+                f"{asked}: the model ends at {budget['kept'][kind]:.3f}, other code reads its weights.", stacklevel=2
+            )
+        return target
 
 
 def _refuse_masks(model: nn.Module) -> None:
@@ -166,7 +168,7 @@ def _layer(site: Site, scores: LayerScores, positions: Positions, whole: Cost, k
         )
         return inward, core, outward
 
-    importance = scores.importance.double().reshape(site.shape[:3])
+    importance = exact(scores.importance).reshape(site.shape[:3])
     trade = prices(per) if per in ("flops", "params") else None
     return Layer(site.weight, importance, math.prod(site.shape[3:]), site.around, prices(kind), trade)
 
@@ -179,13 +181,3 @@ def _budget(flops: float | None, params: float | None) -> tuple[str, float]:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
         raise BudgetError(f"{name}={value!r} is outside (0, 1).")
     return name, value
-
-
-def _cost(model: nn.Module, inputs: Any) -> Cost:
-    """Return what a model costs; counted without the fused attention path, whose operators have no formula."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        return count(model, inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)

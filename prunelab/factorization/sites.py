@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -20,6 +19,7 @@ from prunelab.curvature.taps import LayerCall, Taps
 from prunelab.errors import BatchError
 from prunelab.factorization.bottleneck import Bottleneck, BottleneckAttention, parts_of, refusal
 from prunelab.surgery.modules import FreeMultiheadAttention
+from prunelab.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 
@@ -133,16 +133,12 @@ def uses(
         layer = model.get_submodule(site.path)
         layer.register_forward_pre_hook(partial(watch.enter, name))
         layer.register_forward_hook(partial(watch.leave, name), with_kwargs=True)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     args, kwargs = fakes.fake_inputs(inputs, mode, model)
     try:
-        with torch.no_grad(), mode, Answering(mode), Taps(model.eval(), before=watch.before, keep=False):
+        with without_data(), mode, Answering(mode), Taps(model.eval(), before=watch.before, keep=False):
             model(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
     foreign = dict(watch.foreign)
     for name in sites:
         if name not in watch.seen:

@@ -6,7 +6,6 @@ from it and a fresh unpruned model, the same model again.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from prunelab.errors import DataError, PruneLabError
 from prunelab.io import header, steps
 from prunelab.io.atomic import replacing
 from prunelab.io.header import Header
+from prunelab.isolation import copied, held
 from prunelab.surgery.apply import PLANS
+from prunelab.switches import undisturbed
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -37,7 +38,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     try:
-        tensors, ties = _tensors(model)
+        with held(model):
+            tensors, ties = _tensors(model)
         about = Header(type_before_parametrizations(model).__name__, steps.plain(model), ties)
         with replacing(path) as fresh:
             save_file(tensors, str(fresh), metadata=header.metadata(about, tensors))
@@ -45,6 +47,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise DataError(f"{path} cannot be written: {error}") from error
 
 
+@undisturbed()
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Return a copy of ``model`` with every step in the file done again, and with the file's weights.
 
@@ -70,7 +73,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     if getattr(model, PLANS, []):
         raise DataError(f"This {type(model).__name__} is pruned already: load {path} into a fresh, unpruned one.")
     made = f"it was saved from a {about.name[:100]}, this is a {type(model).__name__}"
-    out = copy.deepcopy(model)
+    out = copied(model)
     try:
         _raise(_other_types(_state(model), tensors))  # now, since steps would fail for reasons that are harder to read
         for step in known:

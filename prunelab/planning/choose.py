@@ -6,6 +6,7 @@ Flows in: ``Scores`` and a budget.  Flows out: a ``Plan``, plain data that names
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from torch import nn
 from prunelab.cost import CostModel
 from prunelab.criteria.base import Scores
 from prunelab.criteria.greedy import Bundle, Order, removal_order
-from prunelab.errors import BudgetError
+from prunelab.errors import BudgetError, PlanError
 from prunelab.planning import pools
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, levels_of, smallest_gift
 from prunelab.planning.plan import Cut, Plan
 from prunelab.planning.timing import Timing, fit_latency
+from prunelab.switches import undisturbed
 from prunelab.tracing.trace import DependencyGraph
 
 COSTS = ("flops", "params", "bytes")
@@ -53,6 +55,7 @@ class Options:
             pools.check_ratio("max_ratio", self.max_ratio)
 
 
+@undisturbed()
 def plan(
     scores: Scores,
     *,
@@ -101,17 +104,19 @@ def plan(
 
     Raises:
         BudgetError: an option is out of its range, no or several budgets are given, or the budget cannot be met.
-        PlanError: ``ignore``, ``overrides`` or ``max_ratio`` names something that the model does not have.
+        PlanError: ``ignore``, ``overrides`` or ``max_ratio`` names something that the model does not have, or nothing
+            in the model can be removed.
 
     Source: the isomorphic scope is that of Fang et al. 2024, *Isomorphic Pruning for Vision Models*.
     """
+    check_groups(scores.graph)
     kind, share = only_budget(flops=flops, params=params, bytes=bytes, latency=latency, ratio=ratio)
     if not share < 1:
         raise BudgetError(f"{kind}={share!r} is outside (0, 1).")
     options = Options(scope, max_ratio, round_to, ignore, overrides or {}, per, timing or Timing())
     made = choose(scores, kind, share, options)
     if "why" in made.budget and kind != "ratio":
-        warnings.warn(made.budget["why"], stacklevel=2)
+        warnings.warn(made.budget["why"], stacklevel=3)
     return made
 
 
@@ -129,6 +134,22 @@ def only_budget(**given: float | None) -> tuple[str, float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise BudgetError(f"{name}={value!r} is outside (0, 1).")
     return name, value
+
+
+def check_groups(graph: DependencyGraph) -> None:
+    """Check that there is something to remove.
+
+    Raises:
+        PlanError: there is no group; the message gives the reasons that are most frequent.
+    """
+    if graph.groups:
+        return
+    reasons = Counter(graph.frozen.values()).most_common(3)
+    why = "; ".join(f"{number} dimensions: {reason}" for reason, number in reasons) or "it has no parameters"
+    raise PlanError(
+        f"{type(graph.model).__name__} has no units to remove, since all its parameters must stay whole ({why}). "
+        "graph.frozen has the reason for every dimension."
+    )
 
 
 def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:

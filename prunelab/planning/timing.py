@@ -6,7 +6,6 @@ Flows in: the removal order and a way to cut.  Flows out: how much of it goes, a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from prunelab.cost import latency
 from prunelab.errors import BudgetError
 from prunelab.planning.fit import TOLERANCE, Gone, Supply
 from prunelab.planning.plan import Plan
+from prunelab.switches import ignoring
 from prunelab.tracing import fakes
 
 
@@ -107,8 +107,7 @@ def fit_latency(
 
     def measured(place: int) -> float:
         plan = plan_for(supply.settled(supply.at(place / places)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a model must be rebuilt is said when it is cut for good
+        with ignoring():  # that a model must be rebuilt is said when it is cut for good
             network = apply(model, plan, check=False) if plan.cuts else model  # the chosen one is checked
         seen[place] = clock(network.eval() if plan.cuts else network)
         return seen[place] / seen.get(0, seen[place])

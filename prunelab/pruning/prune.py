@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -20,8 +19,9 @@ from prunelab.cost import count
 from prunelab.criteria import Criterion
 from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
 from prunelab.errors import BudgetError
+from prunelab.isolation import copied, modes_kept
 from prunelab.planning import pools
-from prunelab.planning.choose import Options, choose, only_budget
+from prunelab.planning.choose import Options, check_groups, choose, only_budget
 from prunelab.planning.fit import TOLERANCE
 from prunelab.planning.plan import Plan
 from prunelab.pruning.report import Report
@@ -29,6 +29,7 @@ from prunelab.pruning.schedule import Schedule, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
 from prunelab.surgery.apply import apply
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -36,6 +37,7 @@ BEFORE, CUT, TUNED = "before", "cut", "fine-tuned"
 """The stages of a run, as they stand in its report."""
 
 
+@undisturbed()
 def prune(
     model: nn.Module,
     example_inputs: fakes.Inputs,
@@ -93,6 +95,7 @@ def prune(
     Raises:
         BudgetError: a budget or option is out of range, or cannot be met.
         TraceError: the model cannot be traced.
+        PlanError: nothing in it can be removed.
         BatchError: the batches do not fit the model.
         DataError: ``state`` holds another run or something else, or cannot be written.
 
@@ -105,7 +108,9 @@ def prune(
         raise BudgetError(f"{kind}={asked!r} is outside (0, 1).")
     chosen = criteria.get(criterion) if isinstance(criterion, str) else criterion
     refit = Compensation() if compensate is True else compensate or None
-    goal = Goal(trace(model, example_inputs), kind, asked, schedule, steps, options)
+    graph = trace(model, example_inputs)
+    check_groups(graph)
+    goal = Goal(graph, kind, asked, schedule, steps, options)
     kept = None
     if state is not None:
         run = {
@@ -163,7 +168,7 @@ def prune(
                     if made.cuts:
                         small = apply(current, made, compensate=refit)
                     else:  # the user's own model is not to be fine-tuned
-                        small = copy.deepcopy(current) if current is model else current
+                        small = copied(current) if current is model else current
                 current = weights_of_rank_0(_settled(small) if kept else small, data)
                 report.plans.append(made)
                 record(step, CUT)
@@ -250,14 +255,12 @@ class Goal:
         why = next((plan.budget["why"] for plan in reversed(report.plans) if "why" in plan.budget), "")
         if kept < self.asked * (1 - TOLERANCE):
             of = f" In the last step that missed its part: {why}" if self.steps > 1 else f" {why}"
-            warnings.warn(f"{self.kind}={self.asked:.4g}: {kept:.4f} are left.{of if why else ''}", stacklevel=3)
+            warnings.warn(f"{self.kind}={self.asked:.4g}: {kept:.4f} are left.{of if why else ''}", stacklevel=4)
 
 
 def _train(finetune: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    modes = [(module, module.training) for module in model.modules()]
-    finetune(model)
-    for module, training in modes:
-        module.training = training
+    with modes_kept(model):
+        finetune(model)
 
 
 def _settled(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from prunelab.batches import device_of
+from prunelab.devices import forked_rng
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def seeded(model: torch.nn.Module, *place: int) -> Iterator[None]:
     """
     device = device_of(model)
     own, others = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_rng(device):
         number = int(np.random.SeedSequence(place).generate_state(1)[0])
         random.seed(number)
         np.random.seed(number)

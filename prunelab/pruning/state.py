@@ -9,7 +9,6 @@ Flows in: a model and a report after every stage.  Flows out: the same again in 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from prunelab.errors import DataError
 from prunelab.io import load, save
 from prunelab.io.atomic import replacing
 from prunelab.io.header import checksum
+from prunelab.isolation import copied
 from prunelab.pruning.report import Report
 from prunelab.surgery.apply import PLANS
 
@@ -106,7 +106,7 @@ class State:
         if self.weights is None:
             return whole
         before: list[Any] = getattr(whole, PLANS, [])
-        fresh = copy.deepcopy(whole)
+        fresh = copied(whole)
         vars(fresh).pop(PLANS, None)
         made = load(fresh, self.folder / self.weights)
         setattr(made, PLANS, [*before, *getattr(made, PLANS, [])])

@@ -104,7 +104,7 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None, *, check: bool 
         warnings.warn(
             f"{type(model).__name__} was rebuilt for inputs of exactly the sizes {builder.sizes}: its code computes "
             f"with the batch size in a way that the graph back end cannot follow. {builder.reason}",
-            stacklevel=4,
+            stacklevel=5,
         )
     remembered = dataclasses.replace(plan, budget={**plan.budget, "backend": "graph"})
     setattr(module, PLANS, [*getattr(model, PLANS, []), remembered])
@@ -174,7 +174,7 @@ def route(
     warnings.warn(
         f"{type(model).__name__} was rebuilt from its operators as a torch.fx.GraphModule, since its own class cannot "
         f"be cut: {reason}",
-        stacklevel=3,
+        stacklevel=4,
     )
     return rebuilt
 

@@ -7,7 +7,6 @@ the tape of the same model on other inputs, and replayed (``replay``).
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map
 
 from prunelab.errors import PlanError
+from prunelab.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.blame import failed
 from prunelab.tracing.known import Known, asks
@@ -142,21 +142,14 @@ def record(model: nn.Module, inputs: Any, dtype: torch.dtype | None = None) -> T
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recording: _Recording) -> Any:
-    fast_path, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
-    quiet = log.disabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    log.disabled = True
     try:
-        with torch.no_grad(), mode, recording, _Functions(recording):
+        with without_data(), mode, recording, _Functions(recording):
             return copy(*args, **kwargs)
     except PlanError as error:
         raise PlanError(f"{type(copy).__name__} cannot be rebuilt from its operators: {error}.") from error
     except Exception as error:
         why = failed(copy, error, "")
         raise PlanError(f"{type(copy).__name__} cannot be rebuilt from its operators: {why}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        log.disabled = quiet
 
 
 def _retyped(copy: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:

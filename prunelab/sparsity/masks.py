@@ -6,7 +6,6 @@ written into its weights and the masks taken off (``bake``).  Notebook 05_obs us
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunelab.devices import exact
 from prunelab.errors import PlanError
+from prunelab.isolation import copied, modes_kept
 from prunelab.surgery.apply import PLANS
 from prunelab.surgery.modules import layer_type
+from prunelab.switches import undisturbed
 
 LAYERS = (
     nn.Linear,
@@ -88,6 +90,7 @@ class Sparsified:
         return put_masks(model, {name: torch.ones_like(value_of(model, name), dtype=torch.bool) for name in self.names})
 
 
+@undisturbed()
 def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Return ``model`` with its zeros written into the weights and the masks taken off: plain layers again.
 
@@ -106,7 +109,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 f"`{attribute}` of a {type(module).__name__} has a mask and another parametrization: first remove "
                 "that, with torch.nn.utils.parametrize.remove_parametrizations."
             )
-    out = model if inplace else copy.deepcopy(model)
+    out = model if inplace else copied(model)
     for module, _, attribute in list(_masked(out)):
         _own_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
@@ -129,7 +132,7 @@ def densities(model: nn.Module) -> dict[str, float]:
     for name, parameter in parameters_of(model).items():
         if (prunable(model, name) or mask_of(model, name) is not None) and id(parameter) not in seen:
             seen.add(id(parameter))
-            out[name] = float((value_of(model, name) != 0).double().mean())
+            out[name] = float(exact(value_of(model, name) != 0).mean())
     return out
 
 
@@ -215,7 +218,11 @@ def plain_name(name: str) -> str:
 def value_of(model: nn.Module, name: str) -> Tensor:
     """Return a weight as its layer uses it, masks and all."""
     module, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(module), attribute).detach()
+    owner = model.get_submodule(module)
+    with modes_kept(owner):  # in training mode a look at a spectral norm changes it
+        if parametrize.is_parametrized(owner):
+            owner.eval()
+        return getattr(owner, attribute).detach()
 
 
 def prunable(model: nn.Module, name: str) -> bool:

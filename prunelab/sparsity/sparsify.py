@@ -6,7 +6,6 @@ shapes.  Notebook 05_obs uses it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BudgetError, PlanError
+from prunelab.isolation import copied
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
+from prunelab.switches import undisturbed
 
 
 def sparsify(
@@ -64,23 +65,24 @@ def sparsify(
     >>> (sparse[0].weight != 0).tolist()
     [[False, False, False, False], [False, False, True, True]]
     """
-    refuse_wrapped(model)
-    density = _checked_density(density, pattern)
-    if scope not in ("global", "layer"):
-        raise BudgetError(f"scope={scope!r} is not one of global, layer.")
-    scores = _checked_scores(model, scores_elementwise, names)
-    if pattern is not None:
-        fits = {name: score for name, score in scores.items() if _fits(model, name, score, pattern[1], names)}
-        if not fits:
-            raise PlanError(f"No weight with a score has an input dimension that is a multiple of {pattern[1]}.")
-        masks = {name: _pattern_mask(score, pattern, input_dim(model, name)) for name, score in fits.items()}
-    elif scope == "layer":
-        masks = {name: top(score, density, name) for name, score in scores.items()}
-    else:
-        flat = top(torch.cat([score.flatten() for score in scores.values()]), density, "all weights")
-        parts = flat.split([score.numel() for score in scores.values()])
-        masks = {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
-    return put_masks(model if inplace else copy.deepcopy(model), masks)
+    with undisturbed():
+        refuse_wrapped(model)
+        density = _checked_density(density, pattern)
+        if scope not in ("global", "layer"):
+            raise BudgetError(f"scope={scope!r} is not one of global, layer.")
+        scores = _checked_scores(model, scores_elementwise, names)
+        if pattern is not None:
+            fits = {name: score for name, score in scores.items() if _fits(model, name, score, pattern[1], names)}
+            if not fits:
+                raise PlanError(f"No weight with a score has an input dimension that is a multiple of {pattern[1]}.")
+            masks = {name: _pattern_mask(score, pattern, input_dim(model, name)) for name, score in fits.items()}
+        elif scope == "layer":
+            masks = {name: top(score, density, name) for name, score in scores.items()}
+        else:
+            flat = top(torch.cat([score.flatten() for score in scores.values()]), density, "all weights")
+            parts = flat.split([score.numel() for score in scores.values()])
+            masks = {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
+        return put_masks(model if inplace else copied(model), masks)
 
 
 # ── which weights stay ────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from prunelab.batches import call, device_of, eval_mode
+from prunelab.batches import call, device_of
+from prunelab.devices import forked_rng
 from prunelab.errors import BatchError, PlanError
-from prunelab.tracing import fakes
+from prunelab.isolation import copied, eval_mode
+from prunelab.switches import undisturbed
+from prunelab.tracing import fakes, hooks
 from prunelab.tracing.calls import Calls, innermost, tensors_of
 from prunelab.tracing.recorder import named_tensors
 
@@ -46,12 +49,11 @@ class Example:
 
     def _run(self, model: nn.Module, seed: int = 0, mode: Calls | None = None) -> list[Tensor]:
         """Return what a model gives, as users run it; with the same seed random numbers in it are the same."""
-        devices = {tensor.device for _, tensor in named_tensors(model) if tensor.device.type == "cuda"}
         inputs = tree_map_only(Tensor, Tensor.clone, self.inputs)
         with ExitStack() as stack:
-            for context in (eval_mode(model), torch.inference_mode(False), torch.no_grad()):
+            forked = forked_rng(device_of(model))
+            for context in (forked, undisturbed(), eval_mode(model), torch.no_grad(), hooks.only_needed(model)):
                 stack.enter_context(context)
-            stack.enter_context(torch.random.fork_rng(list(devices)))
             torch.manual_seed(seed)
             if mode is not None:
                 stack.enter_context(mode)
@@ -64,7 +66,7 @@ class Example:
             PlanError: they differ; the message names the first call that does, if it can be found.
         """
         name = type(self.silent).__name__
-        cut = fakes.copied(cut)  # a run may leave traces in buffers and attributes
+        cut = copied(cut)  # a run may leave traces in buffers and attributes
         try:
             found = self._run(cut)
         except BatchError as error:

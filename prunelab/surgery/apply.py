@@ -17,6 +17,7 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
+from prunelab.isolation import copied
 from prunelab.planning.plan import Plan
 from prunelab.surgery.agreement import Example, has_data
 from prunelab.surgery.constants import ScaleFix, scale_fixes
@@ -27,6 +28,7 @@ from prunelab.surgery.rehearsal import compare
 from prunelab.surgery.sizes import resize
 from prunelab.surgery.unused import warn_of_unused
 from prunelab.surgery.weight_norm import folded
+from prunelab.switches import undisturbed
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import Axis, fold, size_with
 from prunelab.tracing.trace import DependencyGraph, trace
@@ -35,6 +37,7 @@ PLANS = "prunelab_plans"
 """Name of the attribute in which a pruned model carries the plans that made it."""
 
 
+@undisturbed()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -87,12 +90,12 @@ def apply(
     fixes = scale_fixes(graph, kept.size, pairs)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
-        target = free(fakes.forget(fakes.copied(model)), touched)
+        target = free(fakes.forget(copied(model)), touched)
         _cut(target, graph, kept, fixes)
         example.check(target)
     if target is None or inplace or compensate is not None:
         fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
-        target = free(fakes.forget(model if inplace else fakes.copied(model)), touched)
+        target = free(fakes.forget(model if inplace else copied(model)), touched)
         _cut(target, graph, kept, fixes, fresh)
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     warn_of_unused(model, graph, kept.size)

@@ -10,6 +10,7 @@ are left out wherever entries are added up or a mean or a variance is taken.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -21,17 +22,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prunelab.errors import PlanError
+from prunelab.isolation import copied
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import Kept, masks, open_plan
 from prunelab.surgery.modules import pack_by_hand
 from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
+from prunelab.switches import undisturbed
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
-from prunelab.tracing.fakes import copied, forget
+from prunelab.tracing.fakes import forget
 from prunelab.tracing.trace import DependencyGraph
 
 
+@undisturbed()
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` that computes what ``apply(model, plan)`` does, with nothing removed.
 
@@ -86,7 +90,7 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
     def start(module: nn.Module, *_: Any) -> None:
         axes, modes = RealAxes(module, graph), ExitStack()
         if torch.is_inference_mode_enabled():  # where operators do not show what they are made of
-            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(undisturbed())
             modes.enter_context(torch.no_grad())
         modes.enter_context(axes)
         modes.enter_context(Silence(axes, kept, seen))
@@ -95,7 +99,8 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
     def stop(*_: Any) -> None:
         axes, modes = running.all.pop()
         modes.close()
-        axes.check(kept.masks)
+        if sys.exc_info()[0] is None:
+            axes.check(kept.masks)
 
     if kept.masks:
         silent.register_forward_pre_hook(start)

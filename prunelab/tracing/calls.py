@@ -9,8 +9,9 @@ Notebook 01_tracing says what removing a unit means.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import FrameType, FunctionType
@@ -56,6 +57,18 @@ def innermost(modules: Mapping[int, str]) -> str | None:
     return None
 
 
+_ON = threading.local()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Leave what is computed inside out of all that this thread watches: it is not the model that computes."""
+    with ExitStack() as stack:
+        for axes in getattr(_ON, "axes", ()):
+            stack.enter_context(axes.quiet())
+        yield
+
+
 class RealAxes(TorchDispatchMode):
     """While on, knows the axes of every tensor that the model computes.
 
@@ -90,6 +103,14 @@ class RealAxes(TorchDispatchMode):
             self._names[id(tensor)] = name
             self.parameters[name] = [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]]
             self.know(tensor, self.parameters[name])
+
+    def __enter__(self) -> RealAxes:
+        _ON.axes = [*getattr(_ON, "axes", ()), self]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ON.axes.pop()
+        super().__exit__(*error)
 
     @property
     def module(self) -> str:

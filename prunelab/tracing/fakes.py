@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
-from prunelab.tracing.outputs import tensors_of
+from prunelab.isolation import computed, held, modes_kept, uncopied
+from prunelab.switches import undisturbed
+from prunelab.tracing import hooks
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]
 
@@ -104,11 +105,18 @@ def fake_parameter(parameter: nn.Parameter, mode: FakeMode) -> Tensor:
 def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     """Return a copy of ``model`` on fake parameters and buffers; tied parameters stay tied.
 
+    Of the user's hooks it has those that are part of the function, see ``hooks``.
+
     Raises:
         TraceError: the model cannot be copied, or has parameters that are not initialised yet.
         PruneLabError: it is in a wrapper (``DistributedDataParallel``, ``torch.compile``).
     """
     refuse_wrapped(model)
+    with held(model), undisturbed():
+        return _fake_model(model, mode)
+
+
+def _fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.named_modules())
     _refuse(modules)
@@ -124,45 +132,18 @@ def fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
                 mode.remember(memo[id(buffer)], buffer)
-    memo |= {id(tensor): tensor.detach() for tensor in _computed(modules) if id(tensor) not in memo}
+    for tensor in computed(modules):
+        memo.setdefault(id(tensor), tensor.detach())
+    for tensor in (value for _, module in modules for value in vars(module).values()):
+        if isinstance(tensor, FakeTensor):
+            memo.setdefault(id(tensor), fake_tensor(tensor, mode))
+    found = hooks.emptied(modules, memo)
     try:
-        return forget(_copy(model, [module for _, module in modules], memo))
+        copied = forget(_copy(model, [module for _, module in modules], memo))
     except Exception as error:
-        raise _uncopied(model, error) from error
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return ``copy.deepcopy(model)``; results that the model keeps in attributes are copied without their history.
-
-    Raises:
-        TraceError: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    with torch.no_grad():
-        for tensor in _computed(model.named_modules()):
-            memo[id(tensor)] = tensor.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise _uncopied(model, error) from error
-
-
-def _computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
-    """Return the tensors with a history that modules keep, which PyTorch does not copy."""
-    found = []
-    for _, module in modules:
-        own = [value for key, value in vars(module).items() if key not in ("_parameters", "_modules")]
-        held = [value for value in own if type(value) not in _IMMUTABLE and not (type(value) in _STORES and not value)]
-        found += [tensor for tensor in tensors_of(held) if not tensor.is_leaf]
-    return found
-
-
-def _uncopied(model: nn.Module, error: Exception) -> TraceError:
-    reason = str(error).strip().rstrip(".") or type(error).__name__
-    return TraceError(
-        f"{type(model).__name__} cannot be copied, which tracing and surgery need: {reason}. "
-        "Keep locks, loaders and open files outside the model, and detach tensors that it keeps."
-    )
+        raise uncopied(model, error) from error
+    hooks.fill(found, memo)
+    return copied
 
 
 def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -174,14 +155,6 @@ def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
                 f"{where} is scripted (torch.jit), so its code cannot be traced: "
                 "trace and cut the model before it is scripted, then script the cut one."
             )
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                path = f'model.get_submodule("{name}")' if name else "model"
-                attribute = hook._tensor_name
-                raise TraceError(
-                    f"{where} has a mask on `{attribute}` from torch.nn.utils.prune: write the zeros into the weights "
-                    f'first, with prune.remove({path}, "{attribute}").'
-                )
 
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}
@@ -232,10 +205,8 @@ def forget(model: nn.Module) -> nn.Module:
     """
     if all(type(module).train is nn.Module.train and "train" not in vars(module) for module in model.modules()):
         return model
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, training in modes:
-        module.training = training
+    with modes_kept(model):
+        model.train()
     return model
 
 

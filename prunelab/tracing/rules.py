@@ -45,6 +45,7 @@ def matmul(call: Call) -> list[Dims]:
     left, right = call.dims(names[0]), call.dims(names[1])
     batch = [merge(call, [one, two]) for one, two in zip(left[:-2], right[:-2], strict=True)]
     call.unify(left[-1], right[-2])
+    call.contract(left[-1])
     for operand, inner, outer in ((left, left[-1], left[-2]), (right, right[-2], right[-1])):
         if any(dim.origins for dim in operand):
             call.mark(inner, "consumes")
@@ -69,6 +70,7 @@ def matvec(call: Call) -> list[Dims]:
     if all(any(dim.origins for dim in dims) for dims in (left, right)):
         return freeze_whole(call, "multiplies weights with each other, as spectral norm does")
     call.unify(left[-1], right[0])
+    call.contract(left[-1])
     call.mark(left[-1], "consumes")
     call.mark(right[0], "consumes")
     call.count(2, *left)
@@ -115,12 +117,13 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def reduction(call: Call) -> list[Dims]:
-    """Dimensions disappear into one number each; only sums and norms stay the same when silent entries go."""
+    """Dimensions disappear into one number each: sums, norms, means and variances are over the units that stay."""
     dims = call.dims(call.tensors[0])
     places = call.get("dim")
     places = [places] if isinstance(places, int) else list(places or range(len(dims)))
     gone = {place % len(dims) for place in places} if dims else set()
-    if call.name not in ("sum", "norm", "linalg_vector_norm", "any"):
+    call.contract(*(dims[place] for place in sorted(gone)))
+    if call.name not in ("sum", "norm", "linalg_vector_norm", "any", "mean", "var", "var_mean", "std", "std_mean"):
         call.freeze_if_used([dims[place] for place in gone], "reduces it")
     if call.outputs[0].dim() == len(dims):
         kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]

@@ -8,6 +8,7 @@ changes its shape in place) is left to PyTorch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ class _Result(NamedTuple):
     like: Tensor
     device: torch.device
 
+
+_LOCK = threading.Lock()
 
 _REMEMBERED: dict[tuple, Any] = {}
 """Description of a call -> ``_FIRST``, or the ``_Result`` of every output (``None`` where it returns none)."""
@@ -107,9 +110,10 @@ class Shortcut:
                 rest = iter(results)
                 known = (type(out), [None if tensor is None else next(rest) for tensor in out])
         if known is not None:
-            if len(_REMEMBERED) >= LIMIT:
-                _REMEMBERED.clear()
-            _REMEMBERED[key] = known
+            with _LOCK:  # so that threads do not pass the limit, or clear what was kept a moment ago
+                if len(_REMEMBERED) >= LIMIT:
+                    _REMEMBERED.clear()
+                _REMEMBERED[key] = known
 
 
 def _is_ordinary(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -7,11 +7,9 @@ Notebook 01_tracing derives it.
 
 from __future__ import annotations
 
-import gc
 import html
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
-from prunelab.tracing import fakes
+from prunelab.switches import uncollected, without_data
+from prunelab.tracing import fakes, hooks
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.blame import failed
 from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of
@@ -158,8 +157,9 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """Find the groups of coupled slices of ``model``, without computing anything.
 
     The model runs once, in eval mode, as a copy on tensors that have a shape and no data; the model itself is not
-    touched, and may be of any size and on any device.  If that leaves parameters unused, it runs once more in training
-    mode, for auxiliary heads.
+    touched, and may be of any size and on any device.  Its hooks run only as far as they are part of the function
+    (``prunelab.tracing.hooks``).  If that leaves parameters unused, it runs once more in training mode, for auxiliary
+    heads.
 
     Args:
         model: any module that PyTorch can run on fake tensors: no hints are needed.
@@ -183,24 +183,13 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}.")
-    with _uncollected():
+    with uncollected, without_data():  # tens of thousands of objects, all of which are needed to the end
         return with_or_without(partial(_trace, model, example_inputs, ignore))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector: a trace makes tens of thousands of objects, all of which are needed to its end."""
-    held = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if held:
-            gc.enable()
 
 
 def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str | nn.Module]) -> DependencyGraph:
     reasons = {key: f"`{name}` is ignored, as asked" for key, name in covered(model, ignore, error=TraceError).items()}
+    hooks.warn_of_global_hooks()
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
     args, kwargs = fakes.fake_inputs(example_inputs, mode, copy)
@@ -238,22 +227,15 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
-    fast_path, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch._subclasses.fake_tensor")
-    quiet = log.disabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    log.disabled = True  # what fails is raised, with the module's name
     try:
         watched = nullcontext() if recorder.held is not None else observed(copy, recorder)
-        with torch.no_grad(), mode, recorder, watched:
+        with mode, recorder, watched:
             return copy(*args, **kwargs)
     except TraceError:
         raise
     except Exception as error:
         why = failed(copy, error, recorder.failed_in)
         raise TraceError(f"{type(copy).__name__} cannot be traced: {why}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        log.disabled = quiet
 
 
 def _used(tape: list[Op], results: list[Tensor]) -> set[int]:

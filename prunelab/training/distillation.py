@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import eval_mode
 from prunelab.errors import BudgetError
+from prunelab.isolation import modes_kept
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Distillation:
 
     def __call__(self, logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the student's ``logits [B, classes]`` on ``inputs``."""
-        with torch.no_grad(), eval_mode(self.teacher):
+        with torch.no_grad(), modes_kept(self.teacher):
+            self.teacher.eval()
             wanted = self.teacher(inputs)
         one, two = ((scores.float() / self.temperature).log_softmax(1) for scores in (logits, wanted))
         apart = F.kl_div(one, two, reduction="batchmean", log_target=True)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab import data
-from prunelab.batches import eval_mode
+from prunelab.devices import accelerator
 from prunelab.errors import BudgetError, DataError
+from prunelab.isolation import eval_mode
 from prunelab.training.distillation import Distillation
 from prunelab.training.recipes import Recipe
 
@@ -29,7 +30,7 @@ PRECISIONS = ("float32", "mixed")
 
 def default_device() -> torch.device:
     """Return the accelerator of this machine, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return accelerator()
 
 
 @torch.no_grad()
