@@ -158,8 +158,8 @@ def input_moments(
             sums[name] = sums[name] + total if name in sums else total
 
     with evaluating(model), torch.no_grad():
-        for inputs, _ in checked(model, batches, "compensation"):
+        for batch in checked(model, batches, "compensation", None):
             number += 1
             with Taps(model, after=add_sum, keep=False):
-                call(model, inputs)
+                call(model, batch.inputs)
     return read(sums, meta)

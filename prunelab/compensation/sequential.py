@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunelab.batches import call, checked
+from prunelab.batches import Batch, call, checked
 from prunelab.compensation.compensate import Compensation, input_moments
 from prunelab.compensation.refit import (
     DEPENDENT,
@@ -64,13 +64,13 @@ def refit_in_order(
     """
     if how.batches is None:
         raise BatchError("sequential=True needs batches, and these statistics hold none: Compensation(batches, …).")
-    held = list(checked(model, how.batches, "compensation"))
+    held = list(checked(model, how.batches, "compensation", None))
     losing = losing_inputs(graph, kept)
     silent = masked(model, plan).eval()
     weights = {name: value.detach() for name, value in silent.named_parameters()}
     with evaluating(model), torch.no_grad():
         with Taps(model) as taps:
-            call(model, held[0][0])
+            call(model, held[0].inputs)
         uses = _uses(taps.calls, weights)
         large = _large(taps.calls, weights, graph, losing, how.memory)
         del taps
@@ -197,7 +197,7 @@ class _Work:
     graph: DependencyGraph
     kept: Kept
     damping: float | None
-    held: list[tuple[Any, Tensor]]
+    held: list[Batch]
     uses: list[_Use]
     changed: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
@@ -240,7 +240,7 @@ class _Work:
 
     def _run(self, model: nn.Module, after: Callable[[int, int, LayerCall], None], last: int) -> None:
         """Run a model on every batch, up to and including its layer call ``last``."""
-        for batch, (inputs, _) in enumerate(self.held):
+        for batch, held in enumerate(self.held):
             number = -1
 
             def count(seen: LayerCall, batch: int = batch) -> None:
@@ -251,7 +251,7 @@ class _Work:
                     raise _Stop
 
             with suppress(_Stop), Taps(model, after=count, keep=False):
-                call(model, inputs)
+                call(model, held.inputs)
 
     def _products(self, seen: LayerCall, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``Σ u uᵀ`` and ``Σ y uᵀ`` of one call, without groups over the inputs that stay only."""

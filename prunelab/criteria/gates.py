@@ -7,14 +7,13 @@ pass gives the derivative of every sample's output in every gate.  Notebook 10_o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
+from prunelab.batches import Batch, batch_of
 from prunelab.batches import call as call_model
 from prunelab.curvature.taps import LayerCall, Taps
 from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
@@ -39,13 +38,13 @@ class Gates:
 
     Args:
         graph: of the model; it must be in eval mode while gates run.
-        inputs: one batch, to see which layers run and in which rows each sample's numbers are.
+        batch: one batch, or its inputs, to see which layers run and in which rows each sample's numbers are.
     """
 
-    def __init__(self, graph: DependencyGraph, inputs: Any) -> None:
+    def __init__(self, graph: DependencyGraph, batch: Any) -> None:
         self.graph, self.model, self.parameters = graph, graph.model, dict(graph.model.named_parameters())
         self.size = sum(group.size for group in graph.groups)
-        calls, self.layouts = _watch(graph, inputs)
+        calls, self.layouts = _watch(graph, batch if isinstance(batch, Batch) else batch_of(batch))
         kinds = {call.weight: call.kind for call in calls}
         # weight -> where each entry of its input, or output, finds its gate among all; the last place holds a one.
         self.consumed: dict[str, list[Tensor]] = {}
@@ -151,17 +150,6 @@ class _Scaled(torch.nn.Module):
         return self.call(*args, **kwargs)
 
 
-def samples(inputs: Any, number: int) -> Iterator[Any]:
-    """Yield the samples of a batch, each a batch of one."""
-    for place in range(number):
-        yield take(inputs, [place])
-
-
-def take(inputs: Any, places: list[int]) -> Any:
-    """Return a batch of some samples of a batch."""
-    return tree_map(lambda value: value[places] if isinstance(value, Tensor) and value.dim() else value, inputs)
-
-
 def first_copy(axis: Axis, target: Axis) -> Tensor:
     """Return int64 ``[axis.size]``: the unit of the leaf ``target`` that each entry belongs to, in one copy only.
 
@@ -187,17 +175,17 @@ def first_copy(axis: Axis, target: Axis) -> Tensor:
     return out
 
 
-def _watch(graph: DependencyGraph, inputs: Any) -> tuple[list[LayerCall], list[Layout | None]]:
+def _watch(graph: DependencyGraph, batch: Batch) -> tuple[list[LayerCall], list[Layout | None]]:
     """Run the model on two samples, on three, and on two that are equal; return its calls and the layout of each.
 
     A dimension that grows with the number of samples holds them; whether one sample's rows stand together there is
     seen from the rows that change with the second sample.
     """
-    number = next(len(leaf) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+    number = batch.size
     runs = []
     for places in ([0, number - 1], [0, 0], [0, number - 1, 0]):
         with torch.no_grad(), Taps(graph.model) as taps:
-            call_model(graph.model, take(inputs, places))
+            call_model(graph.model, batch.take(places).inputs)
         runs.append(taps.calls)
     layouts = [_layout(*(call.input for call in calls)) for calls in zip(*runs, strict=True)] if number > 1 else []
     return runs[0], layouts or [None] * len(runs[0])

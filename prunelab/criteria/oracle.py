@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
-from prunelab.batches import Batches, Loss, checked, mean_loss
+from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, PlanError
@@ -28,6 +27,7 @@ from prunelab.surgery.silence import KeptNorms, _norms
 from prunelab.tracing.fakes import forget
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
+from prunelab.trees import tree_leaves, tree_map
 
 
 @dataclass
@@ -100,19 +100,19 @@ def loss_changes(
     model = forget(copy.deepcopy(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
-    seen = 0
+    seen = 0.0
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
-    for number, (inputs, targets) in enumerate(checked(model, batches, "oracle")):
-        replay = _Replay(model, inputs, targets, loss, cache)
+    for number, batch in enumerate(checked(model, batches, "oracle", loss)):
+        replay = _Replay(model, batch, cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")
         for name, chosen in units.items():
             for place, unit in enumerate(chosen):
                 lost = replay.without(graph, groups[name], unit, parameters) - replay.base
-                change[name][place] += lost.double().cpu() * len(targets)
+                change[name][place] += lost.double().cpu() * batch.total
                 bar.update()
-        seen += len(targets)
+        seen += batch.total
     bar.close()
     return {name: summed / seen for name, summed in change.items()}
 
@@ -120,8 +120,8 @@ def loss_changes(
 class _Replay:
     """The forward pass over one batch, again and again, each time from the first call that a change reaches."""
 
-    def __init__(self, model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, cache: bool) -> None:
-        self.run = lambda: mean_loss(model, inputs, targets, loss)
+    def __init__(self, model: nn.Module, batch: Batch, cache: bool) -> None:
+        self.run = lambda: mean_loss(model, batch)
         first = _Calls()
         with first:
             self.base = self.run()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunelab.batches import Batch
 from prunelab.curvature import factor_sums, inputs, per_sample
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes
@@ -72,15 +73,15 @@ class Accumulator:
     def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
         """Add what one column of the Fisher brings to a call: the gradient of its output, summed over samples."""
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         """Add what is left when a column has gone all the way back."""
 
     def slopes(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the parameters' gradients of the summed loss; only where ``wants_slopes``."""
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
-        """Return what the sums over so many samples mean."""
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:
+        """Return what the sums over so many samples mean; those that count less than one add up to less."""
         return {name: value / samples for name, value in sums.items()}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -119,11 +120,11 @@ class Moments(Accumulator):
         self._add_squares([part for part in parts if self.routes.uses[part.name] == 1])
         self.pending += [part for part in parts if self.routes.uses[part.name] > 1]
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         self._add_squares(self.pending)
         self.pending = []
         if self.routes.rest:
-            for name, value in squared_sums_by_vmap(self.model, self.routes.rest, inputs, column, samples).items():
+            for name, value in squared_sums_by_vmap(self.model, self.routes.rest, batch, column).items():
                 self.add(name, value)
 
     def _add_squares(self, parts: list[Part]) -> None:
@@ -153,7 +154,7 @@ class Kronecker(Accumulator):
         self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Factors]:
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Factors]:
         """Return the factors; with EKFAC's sums merged in, their moments and basis too."""
         found = {}
         for key, about in meta.items():
@@ -165,7 +166,7 @@ class Kronecker(Accumulator):
             if about["groups"] == 1:
                 values = {name: value[0] for name, value in values.items()}
             plain: Meta = {**about, "rows": slice(*about["rows"]), "kernel": tuple(about["kernel"]), **values}
-            found[key] = Factors(**plain, samples=samples, positions=positions)
+            found[key] = Factors(**plain, samples=round(samples), positions=positions)
         return found
 
 
@@ -188,7 +189,7 @@ class Ekfac(Accumulator):
             if self.routes.uses[call.weight] == 1:
                 self._add_squares()
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         self._add_squares()
 
     def _add_squares(self) -> None:
@@ -214,7 +215,7 @@ class Inputs(Accumulator):
             self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:
         """Return the moments by weight name."""
         return inputs.read(sums, meta)
 

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import Batches, Loss, checked, mean_loss
+from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
+from prunelab.curvature.mean_check import check_mean
 from prunelab.errors import BatchError
+from prunelab.losses import is_known
 
 
 def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
@@ -29,28 +31,49 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
     Raises:
         BatchError: the batches do not fit the model, or a gradient is not finite.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    seen, modes = 0, [(module, module.training) for module in model.modules()]
+    seen, modes = 0.0, [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        for number, (inputs, targets) in enumerate(checked(model, batches, "the gradient")):
+        for number, batch in enumerate(checked(model, batches, "the gradient", loss)):
             with torch.enable_grad():
-                value = mean_loss(model, inputs, targets, loss)
+                value = _value(model, batch)
+                if not value.requires_grad:
+                    raise BatchError(
+                        f"The loss of batch {number} has no gradient: it must be computed from the model's outputs by "
+                        "differentiable operations, not from numbers or detached tensors."
+                    )
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is None:
                     continue
                 if not gradient.isfinite().all():
                     raise BatchError(f"The gradient of `{name}` is not finite in batch {number}: check its inputs.")
-                total[name] += gradient * len(targets)
-            seen += len(targets)
+                total[name] += gradient * batch.total
+            seen += batch.total
     finally:
         for module, training in modes:
             module.training = training
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
     return {name: value / seen for name, value in total.items()}
+
+
+def _value(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss; where labels look as if a loss of the user's ignored some, check what it is a mean over."""
+    labels = batch.targets
+    if batch.own or batch.problem is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return mean_loss(model, batch)
+    if is_known(batch.loss) or labels.is_complex() or labels.dtype == torch.bool or not bool((labels < 0).any()):
+        return mean_loss(model, batch)
+    outputs = batch.run(model)
+    check_mean(outputs, batch)
+    return batch.value(outputs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -138,7 +139,7 @@ class Taps(TorchFunctionMode):
                 given["bias"] = given["bias"].detach()
         output = func(**given)
         call.output = output
-        call.edge = get_gradient_edge(output) if output.requires_grad else None
+        call.edge = get_gradient_edge(output) if output.requires_grad and torch.is_grad_enabled() else None
         replaced = self.after(call) if self.after else None
         return output if replaced is None else replaced
 

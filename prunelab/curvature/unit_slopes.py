@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from prunelab.batches import Loss, call
+from prunelab.batches import Batch
 from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.fisher import check_mean, columns
+from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.layout import Layout, Routes, routes
+from prunelab.curvature.mean_check import check_mean
 from prunelab.curvature.taps import LayerCall
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
@@ -61,16 +62,16 @@ class UnitSlopes:
     Args:
         model: the network, in eval mode, with gradients for all its parameters.
         groups: of its graph.
-        inputs: of one batch, to see how parameters are used.
+        batch: one batch, or its inputs, to see how parameters are used.
 
     Attributes:
         groups: those of the given groups that go this way.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], inputs: Any) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], batch: Any) -> None:
         self.model, self.copies = model, False
         self.parameters = dict(model.named_parameters())
-        self.ways = _ways(model, inputs)
+        self.ways = _ways(model, batch)
         kinds: dict[str, set[str]] = {}
         for weight, bias, kind in self.ways.calls if self.ways else ():
             kinds.setdefault(weight, set()).add(kind)
@@ -97,7 +98,7 @@ class UnitSlopes:
         known = self.ways is not None and all(name in kinds and name not in self.ways.rest for name in names)
         return used and known and len(set(names)) == len(names)
 
-    def sums(self, inputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[Tensor, Tensor] | None:
+    def sums(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Return ``Σ_n ∂ℓ_n/∂s`` and ``Σ_n j_nᵀ Λ_n j_n``, each ``[units]``, of one batch.
 
         ``None`` where the outputs are not one tensor, or hold more numbers for each sample than there are units.  Cost:
@@ -106,21 +107,19 @@ class UnitSlopes:
         Raises:
             BatchError: the model cannot take the inputs, or the loss the outputs; it is no mean or not convex.
         """
-        outputs, terms = self._forward(inputs, len(targets))
-        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != len(targets):
+        outputs, terms = self._forward(batch)
+        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != batch.size:
             return None
         if outputs.numel() > self.size * len(outputs):
             return None
-        if check:
-            check_mean(outputs, targets, loss)
-        (slope,) = columns(outputs, targets, loss, "empirical", 0, 0)
-        first = self._slopes(outputs, slope, terms).sum(0)
+        check_mean(outputs, batch)
+        first = self._slopes(outputs, slopes(outputs, batch), terms).sum(0)
         second = torch.zeros_like(first)
-        for column in columns(outputs, targets, loss, "ggn", 0, 0):
+        for column in columns(outputs, batch, "ggn", 0, 0, "curvature"):
             second += self._slopes(outputs, column, terms).square_().sum(0)
         return first, second
 
-    def _forward(self, inputs: Any, samples: int) -> tuple[Any, list[Term]]:
+    def _forward(self, batch: Batch) -> tuple[Any, list[Term]]:
         terms: list[Term] = []
         place = 0
 
@@ -134,7 +133,7 @@ class UnitSlopes:
         def after(call: LayerCall) -> Tensor | None:
             nonlocal place
             assert self.ways is not None
-            layout = self.ways.layout(place, call, samples)
+            layout = self.ways.layout(place, call, batch.size)
             place += 1
             if layout is None or call.edge is None:
                 return None
@@ -143,10 +142,10 @@ class UnitSlopes:
             return call.output.clone() if self.copies and found and call.output is not None else None
 
         with torch.enable_grad(), AffineTaps(self.model, before, after, keep=False, cut=True):
-            outputs = call(self.model, inputs)
+            outputs = batch.run(self.model)
         if any(term.values._version != term.version for term in terms):
             self.copies = True  # what a layer gave was changed in place
-            return self._forward(inputs, samples)
+            return self._forward(batch)
         return outputs, terms
 
     def _terms(self, call: LayerCall, layout: Layout) -> Iterator[Term]:
@@ -222,8 +221,8 @@ def _output_dim(call: LayerCall) -> int | None:
     return {"linear": 0, "conv": 0, "conv_transpose": 1, "embedding": 1}.get(call.kind)
 
 
-def _ways(model: nn.Module, inputs: Any) -> Routes | None:
+def _ways(model: nn.Module, batch: Any) -> Routes | None:
     try:
-        return routes(model, inputs)
+        return routes(model, batch)
     except BatchError:
         return None  # the other way says what is wrong, if anything is
