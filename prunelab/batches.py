@@ -429,7 +429,7 @@ def _own(model: nn.Module, batch: Batch, where: str) -> Callable[[Batch], Batch]
     def made(batch: Batch) -> Batch:
         labels = _labels(batch)
         if recipe is None or labels is None:
-            return replace(batch, targets=None, places=(batch.places[0], ()), loss=_own_loss, pick=_whole, task=None)
+            return replace(batch, loss=_own_loss, pick=_whole, task=None)
         made = replace(
             batch,
             targets=recipe.targets(labels),

@@ -76,9 +76,9 @@ def weights_of(loss: Any, targets: Any, samples: int, *, by_label: bool = False)
     if weight is None and bool(used.all()):
         each = targets[0].numel() if by_label else 1
         return None if each == 1 else torch.full((samples,), float(each), device=targets.device)
-    share = used.float()
+    share = used.to(torch.float32 if targets.device.type == "mps" else torch.float64)
     if weight is not None:
-        share = share * weight.to(targets.device, torch.float32)[targets.masked_fill(~used, 0)]
+        share = share * weight.to(share)[targets.masked_fill(~used, 0)]
     total = share.flatten(1).sum(1) if share.dim() > 1 else share
     return total if by_label else total / targets[0].numel()
 

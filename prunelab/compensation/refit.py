@@ -7,7 +7,7 @@ whole model's shapes.  ``compensate`` has the formulas; notebook 11_compensation
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunelab.curvature.inputs import InputMoment, Layer, like_weight, matrix
 from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.errors import BatchError
 from prunelab.tracing.trace import DependencyGraph
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 UNSEEN = "no layer with it was seen"
+TWO_WAYS = "used in two ways"
 DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
 
 
@@ -71,16 +73,30 @@ def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
 
 def kept_inputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which input channels of a layer stay, bool ``[groups, in / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind == "conv_transpose" else 1].axis)
-    return mask.unflatten(0, (layer.groups, -1)) if layer.kind == "conv_transpose" else mask.expand(layer.groups, -1)
+    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind in IN_FIRST else 1].axis)
+    return mask.unflatten(0, (layer.groups, -1)) if layer.kind in IN_FIRST else mask.expand(layer.groups, -1)
 
 
 def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which output channels of a layer stay, bool ``[groups, out / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind == "conv_transpose" else 0].axis)
-    if layer.kind == "conv_transpose":
+    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind in IN_FIRST else 0].axis)
+    if layer.kind in IN_FIRST:
         return mask.expand(layer.groups, -1)
     return mask[layer.rows].unflatten(0, (layer.groups, -1))
+
+
+def in_two_ways(layers: Iterable[Layer], graph: DependencyGraph, kept: Kept) -> list[str]:
+    """Return the weights that lose inputs of a layer and are not known to consume them: tied, they produce them too."""
+    losing, found = set(losing_inputs(graph, kept)), {}
+    kinds: dict[str, set[bool]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.weight, set()).add(layer.kind in IN_FIRST)
+        dims = graph.dims[layer.weight]
+        dim = dims[0 if layer.kind in IN_FIRST else 1]
+        cut = [one for one in dims if kept.size(one.axis) != one.size]
+        if (layer.weight not in losing and kept.size(dim.axis) != dim.size) or (cut and len(kinds[layer.weight]) > 1):
+            found[layer.weight] = None
+    return list(found)
 
 
 def refit_consumers(
@@ -96,9 +112,10 @@ def refit_consumers(
     _check_model(moments, parameters)
     seen = {found.weight for found in moments.values()}
     left = {name: UNSEEN for name in losing if name not in seen}
+    left |= {name: TWO_WAYS for name in in_two_ways(moments.values(), graph, kept)}
     biases = Counter((found.bias, found.bias_rows.start) for found in moments.values())
     fresh: dict[str, Tensor] = {}
-    for found in (found for found in moments.values() if found.weight in losing):
+    for found in (found for found in moments.values() if found.weight in losing and found.weight not in left):
         constant = found.bias is not None and biases[found.bias, found.bias_rows.start] == 1
         if any(_overlap(found, other) for other in moments.values()):
             left[found.weight] = "its rows are used in more than one way"
@@ -205,7 +222,7 @@ def refit_producers(
             continue
         add(fresh, parameters, found.weight, found.rows, like_weight(found, change, weight))
         if found.bias is not None:
-            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind == "conv_transpose" else found.rows
+            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind in IN_FIRST else found.rows
             add(
                 fresh, parameters, found.bias, rows, (mixing @ bias[rows].to(mixing).view(len(mixing), -1, 1)).flatten()
             )

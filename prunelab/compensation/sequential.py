@@ -25,7 +25,9 @@ from prunelab.batches import Batch, call, checked
 from prunelab.compensation.compensate import Compensation, input_moments
 from prunelab.compensation.refit import (
     DEPENDENT,
+    TWO_WAYS,
     UNSEEN,
+    in_two_ways,
     kept_inputs,
     kept_outputs,
     losing_inputs,
@@ -36,12 +38,13 @@ from prunelab.curvature.factor_sums import key
 from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix, sums_on
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.per_sample import as_float
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.taps import FLAT, LayerCall, Taps
 from prunelab.errors import BatchError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
 from prunelab.surgery.silence import masked
 from prunelab.tracing.trace import DependencyGraph
+from prunelab.trees import tree_leaves
 
 if TYPE_CHECKING:
     from prunelab.surgery.apply import Kept
@@ -72,9 +75,12 @@ def refit_in_order(
         with Taps(model) as taps:
             call(model, held[0].inputs)
         uses = _uses(taps.calls, weights)
+        tied = _tied(model, held[0], taps.calls, graph, kept)
+        losing = [name for name in losing if name not in tied]
         large = _large(taps.calls, weights, graph, losing, how.memory)
         del taps
         left = {name: UNSEEN for name in losing if all(use.weight != name for use in uses)}
+        left |= {name: TWO_WAYS for name in tied}
         fresh: dict[str, Tensor] = {}
         if large:
             moments = input_moments(model, held, large, how.memory)
@@ -82,7 +88,7 @@ def refit_in_order(
             left |= {name: why for name, why in others.items() if name in large}
             _put(fresh, weights, graph, kept)
         work = _Work(model, silent, weights, graph, kept, how.damping, held, uses)
-        for window in _windows(_levels(uses, losing, large), uses, STORE // len(held)):
+        for window in _windows(_levels(uses, losing, {*large, *tied}), uses, STORE // len(held)):
             targets = work.outputs([number for level in window for number in work.of(level)])
             for level in window:
                 work.refit(level, targets)
@@ -122,6 +128,25 @@ def _uses(calls: Sequence[LayerCall], weights: Mapping[str, Tensor]) -> list[_Us
         size = 0 if found.output is None else found.output.numel() * found.output.element_size()
         uses.append(_Use(name, found.weight, again, name not in names[number + 1 :], alone, size))
     return uses
+
+
+def _tied(model: nn.Module, batch: Batch, calls: Sequence[LayerCall], graph: DependencyGraph, kept: Kept) -> list[str]:
+    """Return the weights of layers that are cut and used in another way too: what suits one use may not the other."""
+    seen = {found.weight for found in calls}
+    parameters = {name: value for name, value in model.named_parameters() if name in seen and value.requires_grad}
+    with torch.enable_grad(), Taps(model, keep=False, cut=True):
+        outputs = tree_leaves(call(model, batch.take([0]).inputs))
+        values = [leaf.abs().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if values and parameters:
+        found = torch.autograd.grad(values, list(parameters.values()), allow_unused=True)
+    past = {name for name, value in zip(parameters, found, strict=True) if value is not None}
+    past |= set(in_two_ways(calls, graph, kept))
+    return [name for name in parameters if name in past and _is_cut(name, graph, kept)]
+
+
+def _is_cut(name: str, graph: DependencyGraph, kept: Kept) -> bool:
+    return any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
 
 
 def _large(
@@ -303,6 +328,6 @@ class _Work:
 def _by_columns(seen: LayerCall, output: Tensor) -> Tensor:
     """Return outputs as ``[groups, out / groups, columns]``, samples and positions in the order of ``columns``."""
     output = as_float(output)
-    if seen.kind == "linear":
+    if seen.kind in FLAT:
         return output.reshape(-1, output.shape[-1]).mT[None]
     return output.movedim(1, 0).flatten(1).unflatten(0, (seen.groups, -1))

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from prunelab.batches import Batch, batch_of
 from prunelab.batches import call as call_model
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.taps import FLAT, IN_FIRST, LayerCall, Taps
 from prunelab.tracing.axes import Axis, factors_of, find, is_frozen, leaves, segments_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -45,31 +45,32 @@ class Gates:
         self.graph, self.model, self.parameters = graph, graph.model, dict(graph.model.named_parameters())
         self.size = sum(group.size for group in graph.groups)
         calls, self.layouts = _watch(graph, batch if isinstance(batch, Batch) else batch_of(batch))
-        kinds = {call.weight: call.kind for call in calls}
+        kinds: dict[str, list[str]] = {}
+        for call in calls:
+            kinds.setdefault(call.weight, []).append(call.kind)
         # weight -> where each entry of its input, or output, finds its gate among all; the last place holds a one.
-        self.consumed: dict[str, list[Tensor]] = {}
-        self.produced: dict[str, list[Tensor]] = {}
+        self.consumed: dict[tuple[str, str], list[Tensor]] = {}
+        self.produced: dict[tuple[str, str], list[Tensor]] = {}
         self.scaled: dict[str, list[tuple[int, Tensor]]] = {}
         start = 0
         for group in graph.groups:
             self._place(group, start, kinds)
             start += group.size
-        gated = [n for n, c in enumerate(calls) if c.weight in self.consumed or c.weight in self.produced]
+        gated = [n for n, c in enumerate(calls) if {(c.weight, c.kind)} & {*self.consumed, *self.produced}]
         self.per_sample = not self.scaled and all(self.layouts[number] for number in gated)
 
-    def _place(self, group: Group, start: int, kinds: dict[str, str]) -> None:
+    def _place(self, group: Group, start: int, kinds: dict[str, list[str]]) -> None:
         def places(unit: Tensor) -> Tensor:
             return torch.where(unit >= 0, unit + start, self.size)
 
-        def is_input(member: Member) -> bool:
-            return member.dim == (0 if kinds.get(member.name) == "conv_transpose" else 1)
+        def uses(member: Member, *, inputs: bool) -> list[str]:
+            """Return the kinds of the calls whose inputs, or outputs, run along a member."""
+            found = dict.fromkeys(kinds.get(member.name, ()))
+            return [kind for kind in found if member.dim == (0 if (kind in IN_FIRST) == inputs else 1)]
 
-        def is_output(member: Member) -> bool:
-            return member.dim == (1 if kinds.get(member.name) == "conv_transpose" else 0)
-
-        used = [m for m in group.members if m.role != "carries" and m.name in kinds and is_input(m)]
-        for member in used:
-            self.consumed.setdefault(member.name, []).append(places(member.unit))
+        used = [(m, kind) for m in group.members if m.role != "carries" for kind in uses(m, inputs=True)]
+        for member, kind in used:
+            self.consumed.setdefault((member.name, kind), []).append(places(member.unit))
         plain = [m for m in group.members if m.role == "consumes" and m.name in self.parameters.keys() - kinds.keys()]
         for member in plain:
             self.scaled.setdefault(member.name, []).append((member.dim, places(member.unit)))
@@ -80,8 +81,9 @@ class Gates:
         contracted = group.axis.label == "head_width" and copies
         if (used or plain) and not contracted:
             return
-        if made[0].name in kinds and is_output(made[0]):
-            self.produced.setdefault(made[0].name, []).append(places(unit))
+        outputs = uses(made[0], inputs=False)
+        if outputs:
+            self.produced.setdefault((made[0].name, outputs[0]), []).append(places(unit))
         else:
             self.scaled.setdefault(made[0].name, []).append((made[0].dim, places(unit)))
 
@@ -93,10 +95,10 @@ class Gates:
         def before(call: LayerCall) -> Tensor | None:
             nonlocal number
             number += 1
-            return self._scale(call.input, call, self.consumed.get(call.weight), padded, number)
+            return self._scale(call.input, call, self.consumed.get((call.weight, call.kind)), padded, number)
 
         def after(call: LayerCall) -> Tensor | None:
-            found = self.produced.get(call.weight)
+            found = self.produced.get((call.weight, call.kind))
             rows = None if found is None else [index[call.rows] if call.kind == "linear" else index for index in found]
             assert call.output is not None
             return self._scale(call.output, call, rows, padded, number)
@@ -111,7 +113,7 @@ class Gates:
     ) -> Tensor | None:
         if found is None:
             return None
-        channel = x.dim() - 1 if call.kind == "linear" else 1
+        channel = x.dim() - 1 if call.kind in FLAT else 1
         factor = padded.new_ones(())
         for index in found:
             index = index.repeat(x.shape[channel] // len(index))  # a weight's slice serves every group of a convolution

@@ -21,7 +21,7 @@ from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes
 from prunelab.curvature.moments import squared_sums
 from prunelab.curvature.per_sample import Part, as_float
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 from prunelab.curvature.vectorized import squared_sums_by_vmap
 from prunelab.tracing.trace import DependencyGraph
 
@@ -47,6 +47,7 @@ class Accumulator:
         kinds: of the calls whose output gradients it takes; none if it needs no backward pass.
         wants_inputs: whether it needs the inputs of calls together with their gradients.
         wants_slopes: whether it needs the gradients of the parameters.
+        weights: how much each sample of the batch counts, ``[samples]``; ``None`` where all count as one.
         sums: name -> sum over samples.
         meta: name -> plain values that say what the sums are of; the same for all batches.
     """
@@ -58,6 +59,7 @@ class Accumulator:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.model = setting, setting.model
         self.parameters = dict(setting.model.named_parameters())
+        self.weights: Tensor | None = None
         self.sums: Sums = {}
         self.meta: Meta = {}
 
@@ -103,7 +105,7 @@ class Gradient(Accumulator):
 class Moments(Accumulator):
     """``E[g_n²]`` by parameter name; parameters that nothing depends on have zeros."""
 
-    kinds = ("linear", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
+    kinds = ("linear", "matmul", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
     wants_inputs = True
 
     def __init__(self, setting: Setting) -> None:
@@ -143,14 +145,17 @@ class Kronecker(Accumulator):
             weight = self.parameters[call.weight]
             key = factor_sums.key(call, weight)
             self.meta.setdefault(key, factor_sums.description(call, weight, self.setting.factor))
-            for part, value in factor_sums.input_sums(call, weight, self.setting.factor).items():
+            found = factor_sums.input_sums(call, weight, self.setting.factor)
+            if self.weights is not None:
+                found = factor_sums.weighted(call, layout, weight, self.setting.factor, self.weights, found)
+            for part, value in found.items():
                 self.add(f"{part}:{key}", value)
 
     def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
         weight = self.parameters[call.weight]
         key = factor_sums.key(call, weight)
         self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient, weight))
-        rows = gradient.numel() // gradient.shape[-1 if call.kind == "linear" else 1]
+        rows = gradient.numel() // gradient.shape[-1 if call.kind in FLAT else 1]
         self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
 
     @classmethod

@@ -237,7 +237,15 @@ def _hessian_root(outputs: Any, batch: Batch, option: str) -> Iterator[list[Tens
     hessian = torch.stack(rows, 1)
     values, vectors = torch.linalg.eigh(hessian.cpu().double())
     if float(values.min()) < -1e-6 * float(values.max()):
-        raise BatchError("The loss is not convex in the outputs, so it has no generalised Gauss-Newton matrix.")
+        several = ""
+        if not isinstance(outputs, Tensor):
+            several = (
+                f'  {option}="ggn" needs a model with one tensor as output, not {type(outputs).__name__}, or a loss '
+                "that is convex in all of them together: pl.Task(batches, outputs=…) can say which counts."
+            )
+        raise BatchError(
+            f"The loss is not convex in the outputs, so it has no generalised Gauss-Newton matrix.{several}"
+        )
     places = {id(leaf): n for n, leaf in enumerate(ends)}
     blanks = [torch.zeros_like(leaf.detach()) for leaf in floating]
     for place in range(values.shape[1]):

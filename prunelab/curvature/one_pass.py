@@ -64,6 +64,10 @@ def one_pass(
                 accumulators = [ACCUMULATORS[name](setting) for name in sorted(what)]
             if wanted:
                 check_own(model, batch)
+            if fisher != "empirical" and ways is not None:
+                batch.opened(f"fisher={fisher!r}")
+            for accumulator in accumulators:
+                accumulator.weights = batch.weights if wanted else None
             tape = _Tape(model, accumulators, ways, batch)
             try:
                 outputs = tape.forward()
@@ -86,6 +90,7 @@ def one_pass(
         else {},
         batches if readable_again(batches) else None,
         total,
+        loss,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunelab.batches import Batches
+from prunelab.batches import Batches, Loss
 from prunelab.curvature.accumulators import ACCUMULATORS
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError
@@ -35,6 +35,7 @@ class Statistics:
         fixed: the eigenvectors that the EKFAC moments refer to.
         batches: what they were collected from, if that can be read again.
         total: what the samples count together, where some count less or more than one (ignored labels).
+        loss: of which they are, as long as the batches are known.
     """
 
     samples: int
@@ -44,6 +45,7 @@ class Statistics:
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     batches: Batches | None = None
     total: float | None = None
+    loss: Loss | None = None
 
     @property
     def weight(self) -> float:
@@ -140,6 +142,7 @@ class Statistics:
             {**self.fixed, **other.fixed},
             self.batches,
             self.total,
+            self.loss,
         )
 
     def to(self, device: torch.device | str) -> Statistics:

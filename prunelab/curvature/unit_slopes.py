@@ -22,11 +22,11 @@ from prunelab.curvature.affine import AffineTaps
 from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.layout import Layout, Routes, routes
 from prunelab.curvature.mean_check import check_mean
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
 
-LAYERS = ("linear", "conv", "conv_transpose")
+LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 NORMS = ("channel_norm", "last_norm")
 
 
@@ -151,13 +151,11 @@ class UnitSlopes:
     def _terms(self, call: LayerCall, layout: Layout) -> Iterator[Term]:
         weight, output = self.parameters[call.weight], call.output
         assert output is not None and call.edge is not None
-        channels = output.shape[-1] if call.kind in ("linear", "embedding") else output.shape[1]
+        channels = output.shape[-1] if call.kind in (*FLAT, "embedding") else output.shape[1]
         if call.kind == "last_norm" or call.kind == "broadcast":
             shape = tuple(weight.shape)
         else:
-            shape = (
-                (channels, *(1 for _ in output.shape[2:])) if call.kind not in ("linear", "embedding") else (channels,)
-            )
+            shape = (channels, *(1 for _ in output.shape[2:])) if call.kind not in (*FLAT, "embedding") else (channels,)
         bias = None if call.bias is None else self.parameters[call.bias].detach()[call.bias_rows]
         if call.bias in self.members and bias is not None:
             spread = bias.view(shape).expand_as(output)
@@ -167,10 +165,11 @@ class UnitSlopes:
         if dims - {inner}:
             values = output.detach() if bias is None else output.detach() - bias.view(shape)
             repeats = call.groups if call.kind == "conv_transpose" else 1
-            yield Term(call.weight, call.edge, values, shape, layout, outer, call.rows, repeats, values._version)
+            rows = slice(None) if outer else call.rows
+            yield Term(call.weight, call.edge, values, shape, layout, outer, rows, repeats, values._version)
         if inner in dims:
-            edge, width = get_gradient_edge(call.input), call.input.shape[-1 if call.kind == "linear" else 1]
-            shape = (width,) if call.kind == "linear" else (width, *(1 for _ in output.shape[2:]))
+            edge, width = get_gradient_edge(call.input), call.input.shape[-1 if call.kind in FLAT else 1]
+            shape = (width,) if call.kind in FLAT else (width, *(1 for _ in output.shape[2:]))
             repeats = call.groups if call.kind == "conv" else 1
             rows = slice(None) if inner else call.rows
             values = call.input.detach()
@@ -213,12 +212,12 @@ def _by_sample(values: Tensor, term: Term) -> Tensor:
 
 def _input_dim(call: LayerCall) -> int | None:
     """Return the dimension of a layer's weight that its input runs along."""
-    return {"linear": 1, "conv": 1, "conv_transpose": 0}.get(call.kind)
+    return {"linear": 1, "conv": 1, "conv_transpose": 0, "matmul": 0}.get(call.kind)
 
 
 def _output_dim(call: LayerCall) -> int | None:
     """Return the dimension of a weight that its output runs along; ``None``: all of them, in their order."""
-    return {"linear": 0, "conv": 0, "conv_transpose": 1, "embedding": 1}.get(call.kind)
+    return {"linear": 0, "conv": 0, "conv_transpose": 1, "matmul": 1, "embedding": 1}.get(call.kind)
 
 
 def _ways(model: nn.Module, batch: Any) -> Routes | None:
