@@ -153,6 +153,20 @@ class Batch:
             raise BatchError(f"The loss is no single number but {found}: it must be the mean over the samples.")
         return value
 
+    def summed(self, outputs: Any) -> Tensor:
+        """Return ``Σ_n c_n ℓ_n``, from outputs that require a gradient.
+
+        Raises:
+            BatchError: as for ``value``, or the loss has no gradient in them.
+        """
+        value = self.value(outputs) * self.total
+        if not value.requires_grad:
+            raise BatchError(
+                "The loss has no gradient in the outputs of the model: it must be computed from them by "
+                "differentiable operations, not from numbers or detached tensors."
+            )
+        return value
+
     def take(self, index: slice | list[int]) -> Batch:
         """Return some of the samples."""
         inputs, targets = self.places

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from prunelab.batches import Batch, Batches, Loss, checked
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import columns, passes, slopes
 from prunelab.curvature.mean_check import check_apart, check_mean, check_own
@@ -109,7 +110,7 @@ class Gate(Criterion):
         batches = batches.batches if isinstance(batches, Statistics) else batches
         gates, first, seen = None, 0, 0.0
         sums: list[Tensor] = []
-        with evaluating(graph.model):
+        with no_checkpoints(graph.model, "gate"), evaluating(graph.model):
             bar = tqdm(
                 checked(graph.model, batches, "gate", self.loss), desc="gate", disable=not self.progress, leave=False
             )

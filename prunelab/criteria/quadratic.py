@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.pieces import Replaced, leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
@@ -93,7 +94,7 @@ class Quadratic(Criterion):
         together: UnitSlopes | None = None
         seen = 0.0
         bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
-        with evaluating(graph.model), bar:
+        with no_checkpoints(graph.model, "quadratic"), evaluating(graph.model), bar:
             part = "gauss_newton" if self.curvature == "ggn" else "exact"
             for number, batch in pieces(graph.model, given, "quadratic", self.loss, part):
                 bar.total += sum(group.size for group in graph.groups)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.fisher import sampled_labels
 from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.curvature.one_pass import evaluating
@@ -201,7 +202,7 @@ def _mean(
         )
     total: Tensor | int = 0
     seen = 0.0
-    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with no_checkpoints(model, "an exact matrix"), evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for number, batch in enumerate(checked(model, batches, "an exact matrix", loss)):
             if part != "exact":
                 batch.opened("an exact matrix")

@@ -95,12 +95,7 @@ def slopes(outputs: Any, batch: Batch) -> list[Tensor]:
     tensors = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in tensors]
     floating = [leaf.requires_grad_() for leaf in tensors if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     with torch.enable_grad():
-        value = batch.value(tree_unflatten(tensors, structure)) * batch.total
-        if not value.requires_grad:
-            raise BatchError(
-                "The loss has no gradient in the outputs of the model: it must be computed from them by "
-                "differentiable operations."
-            )
+        value = batch.summed(tree_unflatten(tensors, structure))
         found = torch.autograd.grad(value, floating, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(floating, found, strict=True)]
 
@@ -207,7 +202,7 @@ def _hessian_root(outputs: Any, batch: Batch, option: str) -> Iterator[list[Tens
     floating = [leaf.requires_grad_() for leaf in tensors if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     size, rows = batch.size, []
     with torch.enable_grad():
-        value = batch.value(tree_unflatten(tensors, structure)) * batch.total
+        value = batch.summed(tree_unflatten(tensors, structure))
         found = torch.autograd.grad(value, floating, create_graph=True, allow_unused=True)
         used = [(leaf, slope) for leaf, slope in zip(floating, found, strict=True) if slope is not None]
         if any(leaf.dim() == 0 or len(leaf) != size for leaf, _ in used):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.mean_check import check_mean
 from prunelab.errors import BatchError
 from prunelab.losses import is_known
@@ -44,7 +45,7 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         for number, batch in enumerate(checked(model, batches, "the gradient", loss)):
-            with torch.enable_grad():
+            with no_checkpoints(model, "the gradient"), torch.enable_grad():
                 value = _value(model, batch)
                 if not value.requires_grad:
                     raise BatchError(

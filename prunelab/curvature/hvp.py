@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.dual import along
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
@@ -109,7 +110,7 @@ def product(
     directions, batched = _directions(model, vectors)
     total = [torch.zeros_like(value) for value in directions]
     seen, dual = 0.0, len(directions[0]) == 1
-    with evaluating(model):
+    with no_checkpoints(model, "a curvature product"), evaluating(model):
         named = dict(model.named_parameters())
         parameters: list[Tensor] = [named[name] for name in vectors]
         for parameter in named.values():

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from prunelab.batches import Batch, Batches, Loss, checked
 from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting
 from prunelab.curvature.affine import AffineTaps
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes, routes
@@ -51,7 +52,7 @@ def one_pass(
     wanted = any(ACCUMULATORS[name].kinds or ACCUMULATORS[name].wants_slopes for name in what)
     accumulators: list[Accumulator] = []
     ways: Routes | None = None
-    with evaluating(model):
+    with no_checkpoints(model, "collect"), evaluating(model):
         for number, batch in enumerate(checked(model, batches, "collect", loss if wanted else None)):
             cut = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch.inputs)
             batch = replace(batch, inputs=cut)

@@ -102,10 +102,9 @@ def slopes(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     ends = [new for new, old in zip(cut, flat, strict=True) if isinstance(old, Tensor) and old.requires_grad]
     again = tree_unflatten(cut, structure)
     check_mean(again, batch)
-    value = batch.value(again) * batch.total
-    if not ends or not value.requires_grad:
-        return ends, [torch.zeros_like(end) for end in ends]
-    return ends, list(torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True))
+    if not ends:
+        return ends, []
+    return ends, list(torch.autograd.grad(batch.summed(again), ends, create_graph=True, materialize_grads=True))
 
 
 def pulled(
