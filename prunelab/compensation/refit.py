@@ -7,7 +7,7 @@ whole model's shapes.  ``compensate`` has the formulas; notebook 11_compensation
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,22 +85,13 @@ def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     return mask[layer.rows].unflatten(0, (layer.groups, -1))
 
 
-def in_two_ways(layers: Iterable[Layer], graph: DependencyGraph, kept: Kept) -> list[str]:
-    """Return the weights that lose inputs of a layer and are not known to consume them: tied, they produce them too."""
-    losing, found = set(losing_inputs(graph, kept)), {}
-    kinds: dict[str, set[bool]] = {}
-    for layer in layers:
-        kinds.setdefault(layer.weight, set()).add(layer.kind in IN_FIRST)
-        dims = graph.dims[layer.weight]
-        dim = dims[0 if layer.kind in IN_FIRST else 1]
-        cut = [one for one in dims if kept.size(one.axis) != one.size]
-        if (layer.weight not in losing and kept.size(dim.axis) != dim.size) or (cut and len(kinds[layer.weight]) > 1):
-            found[layer.weight] = None
-    return list(found)
-
-
 def refit_consumers(
-    model: nn.Module, moments: Mapping[str, InputMoment], graph: DependencyGraph, kept: Kept, damping: float | None
+    model: nn.Module,
+    moments: Mapping[str, InputMoment],
+    graph: DependencyGraph,
+    kept: Kept,
+    damping: float | None,
+    tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new weights and biases of all layers that lose columns, and those left as they are, with the reason.
 
@@ -112,7 +103,7 @@ def refit_consumers(
     _check_model(moments, parameters)
     seen = {found.weight for found in moments.values()}
     left = {name: UNSEEN for name in losing if name not in seen}
-    left |= {name: TWO_WAYS for name in in_two_ways(moments.values(), graph, kept)}
+    left |= {name: TWO_WAYS for name in tied}
     biases = Counter((found.bias, found.bias_rows.start) for found in moments.values())
     fresh: dict[str, Tensor] = {}
     for found in (found for found in moments.values() if found.weight in losing and found.weight not in left):
@@ -192,7 +183,12 @@ def _check_model(found: Mapping[str, Layer], parameters: Mapping[str, Tensor]) -
 
 
 def refit_producers(
-    model: nn.Module, factors: Mapping[str, Factors], graph: DependencyGraph, kept: Kept, damping: float | None
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    graph: DependencyGraph,
+    kept: Kept,
+    damping: float | None,
+    tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new rows of all layers that lose some: ``W_J + (S_JJ + Λ)⁻¹ S_JR W_R``, biases included.
 
@@ -200,8 +196,8 @@ def refit_producers(
     """
     parameters = dict(model.named_parameters())
     fresh: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    for name, found in factors.items():
+    left: dict[str, str] = {name: TWO_WAYS for name in tied}
+    for name, found in ((name, found) for name, found in factors.items() if found.weight not in left):
         if found.weight not in parameters or found.rows.stop > len(parameters[found.weight]):
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()

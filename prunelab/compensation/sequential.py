@@ -27,13 +27,13 @@ from prunelab.compensation.refit import (
     DEPENDENT,
     TWO_WAYS,
     UNSEEN,
-    in_two_ways,
     kept_inputs,
     kept_outputs,
     losing_inputs,
     refit_consumers,
     ridge,
 )
+from prunelab.compensation.tied import tied_weights
 from prunelab.curvature.factor_sums import key
 from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix, sums_on
 from prunelab.curvature.one_pass import evaluating
@@ -44,7 +44,6 @@ from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
 from prunelab.surgery.silence import masked
 from prunelab.tracing.trace import DependencyGraph
-from prunelab.trees import tree_leaves
 
 if TYPE_CHECKING:
     from prunelab.surgery.apply import Kept
@@ -75,7 +74,7 @@ def refit_in_order(
         with Taps(model) as taps:
             call(model, held[0].inputs)
         uses = _uses(taps.calls, weights)
-        tied = _tied(model, held[0], taps.calls, graph, kept)
+        tied = tied_weights(model, held[0].take([0]).inputs, graph, kept)
         losing = [name for name in losing if name not in tied]
         large = _large(taps.calls, weights, graph, losing, how.memory)
         del taps
@@ -128,25 +127,6 @@ def _uses(calls: Sequence[LayerCall], weights: Mapping[str, Tensor]) -> list[_Us
         size = 0 if found.output is None else found.output.numel() * found.output.element_size()
         uses.append(_Use(name, found.weight, again, name not in names[number + 1 :], alone, size))
     return uses
-
-
-def _tied(model: nn.Module, batch: Batch, calls: Sequence[LayerCall], graph: DependencyGraph, kept: Kept) -> list[str]:
-    """Return the weights of layers that are cut and used in another way too: what suits one use may not the other."""
-    seen = {found.weight for found in calls}
-    parameters = {name: value for name, value in model.named_parameters() if name in seen and value.requires_grad}
-    with torch.enable_grad(), Taps(model, keep=False, cut=True):
-        outputs = tree_leaves(call(model, batch.take([0]).inputs))
-        values = [leaf.abs().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(parameters)
-    if values and parameters:
-        found = torch.autograd.grad(values, list(parameters.values()), allow_unused=True)
-    past = {name for name, value in zip(parameters, found, strict=True) if value is not None}
-    past |= set(in_two_ways(calls, graph, kept))
-    return [name for name in parameters if name in past and _is_cut(name, graph, kept)]
-
-
-def _is_cut(name: str, graph: DependencyGraph, kept: Kept) -> bool:
-    return any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
 
 
 def _large(

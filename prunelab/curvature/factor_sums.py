@@ -171,7 +171,8 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
     a, g = as_float(layout.by_sample(call.input)), as_float(layout.by_sample(gradient))
     turn = False
     if call.kind in FLAT:
-        part = linear_part(call, a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g))
+        turned = a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g)
+        part = linear_part(call, *(turned if call.kind == "linear" else turned[::-1]))
     elif factors.factor == "full":
         turn = g[0].numel() > g.shape[2] * basis.Q_S.shape[-1]
         part = conv_part(call, a, _rotated(g, q_s), weight.shape, basis=None if turn else q_a)
