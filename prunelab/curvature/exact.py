@@ -22,6 +22,7 @@ from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.curvature.one_pass import evaluating
 from prunelab.errors import BatchError, BudgetError, PruneLabError
 from prunelab.losses import counted
+from prunelab.trees import tree_flatten, tree_unflatten
 
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
@@ -90,12 +91,14 @@ def ggn(
         total: Tensor | int = 0
         for one in counting(batch):
             outputs = one.run(model)
-            if not isinstance(outputs, Tensor):
-                raise BatchError(f"The Gauss-Newton matrix needs one tensor as output, not {type(outputs).__name__}.")
-            leaf = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(one.value(leaf), leaf, create_graph=True)
-            bend = jacobian(slope.flatten(), [leaf])
-            jacobian_n = jacobian(outputs.flatten(), parameters)
+            leaves, structure = tree_flatten(outputs)
+            reached = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            cut = [leaf.detach().requires_grad_() if on else leaf for leaf, on in zip(leaves, reached, strict=True)]
+            ends = [leaf for leaf, on in zip(cut, reached, strict=True) if on]
+            value = one.summed(tree_unflatten(cut, structure)) / one.total
+            slope = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True)
+            bend = jacobian(flat(slope), ends)
+            jacobian_n = jacobian(flat([leaf for leaf, on in zip(leaves, reached, strict=True) if on]), parameters)
             total = total + one.total * (jacobian_n.T @ bend @ jacobian_n)
         return torch.as_tensor(total) / batch.total
 
@@ -145,7 +148,7 @@ def fisher(
             if kind == "mc":
                 labels = [torch.where(counted(one.loss, y), sampled_labels(outputs, y, seed, seen + place), y)]
             elif kind == "exact":
-                if outputs.dim() != 2 or y.is_floating_point():
+                if not isinstance(outputs, Tensor) or outputs.dim() != 2 or y.is_floating_point():
                     raise BatchError(f'kind="exact" needs outputs [B, classes] and labels, not {list(outputs.shape)}.')
                 weights = outputs.detach().softmax(1)[0].tolist()
                 labels = [torch.full_like(y, label) for label in range(len(weights))]

@@ -141,7 +141,30 @@ def _sampled_slopes(outputs: Any, batch: Batch, seed: int, first: int, option: s
     if is_cross_entropy(batch.loss) and getattr(batch.loss, "label_smoothing", 0):
         # a smoothed label is no sample of the softmax, a sharp one is, and the Hessian is the same
         drawn = replace(drawn, loss=nn.CrossEntropyLoss(ignore_index=ignored_label(batch.loss)))
-    return slopes(outputs, drawn)
+    found = slopes(outputs, drawn)
+    if last:
+        floats = [n for n, leaf in enumerate(tensors) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        _check_places(found[floats.index(places[0])], shown, drawn.targets, counted(batch.loss, labels), option)
+    return found
+
+
+def _check_places(slope: Tensor, logits: Tensor, labels: Tensor, kept: Tensor, option: str) -> None:
+    """Check that each position's label is that of its own logits, not of those before it.
+
+    Raises:
+        BatchError: it is not.
+    """
+    wanted = logits.softmax(1).scatter_add(1, labels.masked_fill(~kept, 0)[:, None], -torch.ones_like(logits[:, :1]))
+    wanted = (wanted * kept[:, None]).flatten(1)
+    given = slope.movedim(-1, 1).flatten(1)
+    scale = (given * wanted).sum(1, keepdim=True) / wanted.square().sum(1, keepdim=True).clamp_min(1e-30)
+    gap = (given - scale * wanted).norm(dim=1)
+    if bool((gap > 2e-2 * given.norm(dim=1) + 1e-12).any()):
+        raise BatchError(
+            f'{option}="mc" samples the label of each position from the logits of that position, and the loss compares '
+            "others, as language models do that predict the next word: shift both with pl.Task(batches, outputs=…, "
+            "targets=…)."
+        )
 
 
 def _classes_last(logits: Tensor, labels: Tensor, batch: Batch) -> bool:
