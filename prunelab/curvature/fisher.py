@@ -136,9 +136,9 @@ def _sampled_slopes(outputs: Any, batch: Batch, seed: int, first: int, option: s
     logits, labels = tensors[places[0]].detach(), batch.targets
     last = _classes_last(logits, labels, batch)
     shown = logits.movedim(-1, 1) if last else logits
-    drawn = sampled_labels(shown, labels, seed, first, option)
-    drawn = batch.relabelled(torch.where(counted(batch.loss, labels), drawn, labels))
-    if is_cross_entropy(batch.loss) and getattr(batch.loss, "label_smoothing", 0):
+    sampled = sampled_labels(shown, labels, seed, first, option)
+    drawn = batch.relabelled(torch.where(counted(batch.loss, labels), sampled, labels))
+    if is_cross_entropy(batch.loss) and bool(getattr(batch.loss, "label_smoothing", 0)):
         # a smoothed label is no sample of the softmax, a sharp one is, and the Hessian is the same
         drawn = replace(drawn, loss=nn.CrossEntropyLoss(ignore_index=ignored_label(batch.loss)))
     found = slopes(outputs, drawn)

@@ -67,7 +67,7 @@ def squared_sums_by_vmap(
     def product(values: dict[str, Tensor], given: list[Tensor], back: list[Tensor]) -> Tensor:
         filled = list(leaves)
         for place, leaf in zip(batched, given, strict=True):
-            filled[place] = leaf.unsqueeze(dims[place])  # type: ignore[arg-type]
+            filled[place] = leaf.unsqueeze(dims[place])
         x = tree_unflatten(filled, structure)
         args, kwargs = ((), x) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
         found = floating(batch.picked(functional_call(model, values, args, dict(kwargs))))
@@ -78,7 +78,7 @@ def squared_sums_by_vmap(
     def gradients(step: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, samples, step):
             n = slice(start, start + step)
-            given = [leaves[place].narrow(dims[place], start, min(step, samples - start)) for place in batched]  # type: ignore[arg-type]
+            given = [leaves[place].narrow(dims[place], start, min(step, samples - start)) for place in batched]
             yield many(chosen, given, [column[place][n] for place in rows])
 
     step = max(1, min(CHUNK, NUMBERS // max(1, sum(value.numel() for value in chosen.values()))))
