@@ -94,6 +94,8 @@ def checked(
         raise BatchError(f"`{needed_by}` needs batches of (inputs, targets): pass a data loader.")
     device, number, counts, known = device_of(model), -1, False, None
     task = task_of(batches)
+    from prunelab.curvature.mean_check import odd_labels, weighed  # which knows batches
+
     for number, item in enumerate(batches):
         if isinstance(item, Batch):  # read before
             counts = True
@@ -119,6 +121,8 @@ def checked(
         if batch.own:
             known = known or own(model, batch, where)
             batch = known(batch)
+        if odd_labels(batch):
+            batch = weighed(model, batch)
         if batch.total > 0:
             counts = True
             yield batch

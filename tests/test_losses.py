@@ -193,6 +193,38 @@ def test_what_an_unknown_loss_weighs_is_refused_on_whichever_batch(name, late):
             pl.criteria.get(criterion, loss=UNKNOWN[name])(graph, batches)
 
 
+@pytest.mark.parametrize("name", ["taylor", "oracle", "obd", "gate", "oba"])
+def test_a_shifted_loss_of_the_user_s_own_weighs_the_labels_that_it_looks_at(name):
+    def loss(z: Output, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+    batches = [(batch["input_ids"], batch["labels"]) for batch in sentences()]
+    model = words()
+    graph = pl.trace(model, batches[0][0])
+    singles = [(x[n : n + 1], y[n : n + 1]) for x, y in batches for n in range(len(x))]
+    found, wanted = (pl.criteria.get(name, loss=loss)(graph, given)["up"] for given in (batches, singles))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+    with pytest.raises(pl.BatchError, match="the next word: shift both with pl.Task"):
+        pl.criteria.get("obd", loss=loss, fisher="mc")(graph, batches)
+
+
+def ctc(z: Tensor, y: Tensor) -> Tensor:
+    lengths = torch.full((len(z),), 7), torch.full((len(z),), 3)
+    return F.ctc_loss(z.log_softmax(-1).transpose(0, 1), y, *lengths)
+
+
+def test_a_loss_without_second_derivatives_serves_what_needs_none():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(3, 7, 5)
+    graph, batches = pl.trace(model, x), [(x, torch.randint(1, 4, (3, 3)))]
+    for name, options in (("taylor", {}), ("obd", {}), ("gate", {"curvature": "empirical"})):
+        assert pl.criteria.get(name, loss=ctc, **options)(graph, batches)["0"].isfinite().all()
+    second = [("gate", {"curvature": "hessian"}), ("quadratic", {}), ("oba", {}), ("obd", {"fisher": "hessian"})]
+    for name, options in second:
+        with pytest.raises(pl.BatchError, match="needs a derivative that an operator of Sequential or of its loss"):
+            pl.criteria.get(name, loss=ctc, **options)(graph, batches)
+
+
 def test_a_task_says_what_an_unknown_loss_weighs():
     model, batches = make("class weights", 0)
     known = collect(model, batches, {"moments"}, loss=LOSSES["class weights"]).moments

@@ -1,6 +1,7 @@
-"""Activation checkpointing: say what is wrong where a model computes parts of itself again on the way back.
+"""Limits of autograd: checkpoints that compute parts of a model again, and operators without a (second) derivative.
 
-What watches or changes a forward pass does not see the second one, and PyTorch then finds other tensors than before.
+What watches or changes a forward pass does not see the second one of a checkpoint, and PyTorch then finds other tensors
+than before.
 
 Flows in: any measurement.  Flows out: the same, or an error that says what to switch off.
 """
@@ -18,14 +19,19 @@ from prunelab.errors import BatchError
 
 @contextmanager
 def no_checkpoints(model: nn.Module, what: str) -> Iterator[None]:
-    """Turn PyTorch's errors about checkpointing into one that says what to do.
+    """Turn PyTorch's errors about checkpoints and missing derivatives into one that says what to do.
 
     Raises:
-        BatchError: the model uses checkpoints where they cannot be followed.
+        BatchError: the model uses checkpoints where they cannot be followed, or an operator has no derivative.
     """
     try:
         yield
     except RuntimeError as error:
+        if "derivative for" in str(error) and "not implemented" in str(error):
+            raise BatchError(
+                f"`{what}` needs a derivative that an operator of {type(model).__name__} or of its loss does not have: "
+                f'{error}. First derivatives are enough for taylor, and with "empirical" for obd and gate.'
+            ) from error
         if not isinstance(error, CheckpointError) and "torch.utils.checkpoint" not in str(error):
             raise
         raise BatchError(

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
+from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.curvature.checkpoints import no_checkpoints
-from prunelab.curvature.mean_check import check_mean
 from prunelab.errors import BatchError
-from prunelab.losses import is_known
 
 
 def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
@@ -46,7 +44,7 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
             parameter.requires_grad_(True)
         for number, batch in enumerate(checked(model, batches, "the gradient", loss)):
             with no_checkpoints(model, "the gradient"), torch.enable_grad():
-                value = _value(model, batch)
+                value = mean_loss(model, batch)
                 if not value.requires_grad:
                     raise BatchError(
                         f"The loss of batch {number} has no gradient: it must be computed from the model's outputs by "
@@ -66,15 +64,3 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
     return {name: value / seen for name, value in total.items()}
-
-
-def _value(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss; where labels look as if a loss of the user's ignored some, check what it is a mean over."""
-    labels = batch.targets
-    if batch.own or batch.problem is not None or not isinstance(labels, Tensor) or labels.is_floating_point():
-        return mean_loss(model, batch)
-    if is_known(batch.loss) or labels.is_complex() or labels.dtype == torch.bool or not bool((labels < 0).any()):
-        return mean_loss(model, batch)
-    outputs = batch.run(model)
-    check_mean(outputs, batch)
-    return batch.value(outputs)

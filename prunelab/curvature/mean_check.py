@@ -7,6 +7,7 @@ computed, for every sample by itself; PyTorch's cross-entropy needs no check, si
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batch
 from prunelab.errors import BatchError
-from prunelab.losses import is_known
+from prunelab.losses import is_known, weights_of
 from prunelab.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 TOLERANCE = 1e-4
@@ -51,6 +52,45 @@ def check_mean(outputs: Any, batch: Batch) -> None:
                 "plain mean over the samples. Ignored labels and class weights are right in nn.CrossEntropyLoss (or "
                 "F.cross_entropy) itself; for other weighted means give pl.Task(batches, loss=…, weights=…)."
             )
+
+
+def odd_labels(batch: Batch) -> bool:
+    """Return whether labels are below zero and the loss may ignore them, which is not known of the user's own."""
+    labels = batch.targets
+    plain = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+    said = batch.own or batch.problem is not None or (batch.task is not None and batch.task.weights is not None)
+    return plain and not said and not is_known(batch.loss) and bool((labels < 0).any())
+
+
+def weighed(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch with what its samples count in the loss, which is found out.
+
+    A language model's first label, or last, is often left out.  Cost: one forward pass, and the loss a few times.
+
+    Raises:
+        BatchError: the loss is no weighted mean of that kind.
+    """
+    with torch.no_grad():
+        outputs = batch.run(model)
+        labels = batch.targets
+        if labels.dim() > 1 and labels.shape[1] > 1:
+            first, last = (not _matters(outputs, batch, column) for column in (0, labels.shape[1] - 1))
+            labels = labels[:, int(first) : labels.shape[1] - int(last)]
+    fixed = weights_of(batch.loss, labels, batch.size)
+    one = replace(batch, fixed=torch.ones(batch.size, device=labels.device) if fixed is None else fixed)
+    if one.total > 0:
+        check_mean(outputs, one)
+    return one
+
+
+def _matters(outputs: Any, batch: Batch, column: int) -> bool:
+    """Return whether the loss looks at the labels in a column, by giving it others there."""
+    labels = batch.targets.clone()
+    now = labels[:, column]
+    if not bool((now >= 0).any()):
+        return True
+    labels[:, column] = torch.where(now < 0, now, (now == 0).to(now))
+    return not torch.equal(batch.value(outputs), replace(batch, targets=labels).value(outputs))
 
 
 def check_own(model: nn.Module, batch: Batch) -> None:
