@@ -92,6 +92,8 @@ def checked(
     """
     if batches is None:
         raise BatchError(f"`{needed_by}` needs batches of (inputs, targets): pass a data loader.")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise BatchError(f"`{needed_by}` needs an iterable of batches, such as a data loader, got {batches!r}.")
     device, number, counts, known = device_of(model), -1, False, None
     task = task_of(batches)
     from prunelab.curvature.mean_check import odd_labels, weighed  # which knows batches
