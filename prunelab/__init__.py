@@ -25,6 +25,7 @@ from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
 from prunelab.surgery.silence import masked
 from prunelab.sweeping.sweep import sweep
+from prunelab.task import Task
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -46,6 +47,7 @@ __all__ = [
     "Report",
     "Scores",
     "Statistics",
+    "Task",
     "Timing",
     "TraceError",
     "apply",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, call, checked
 from prunelab.compensation.refit import losing_inputs, refit_consumers, refit_producers
+from prunelab.compensation.tied import tied_by_example
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.factor_sums import KINDS, key
 from prunelab.curvature.inputs import MEMORY, InputMoment, consumers, describe, read, summed
@@ -108,7 +109,7 @@ def make_up(
     if how.side == "producers":
         whole = trace(model, fakes.recall_inputs(plan.inputs))
         factors = statistics_for(whole, how.source, {"kronecker"}).kronecker
-        fresh, left = refit_producers(model, factors, graph, kept, how.damping)
+        fresh, left = refit_producers(model, factors, graph, kept, how.damping, _tied(model, plan, graph, kept))
     elif how.in_order:
         from prunelab.compensation.sequential import (
             refit_in_order,  # which silences, which needs surgery, which needs us
@@ -122,11 +123,16 @@ def make_up(
             taps = consumers(graph)
             losing = {name: taps[name] for name in losing_inputs(graph, kept)}
             moments = input_moments(model, how.source, losing, how.memory)
-        fresh, left = refit_consumers(model, moments, graph, kept, how.damping)
+        fresh, left = refit_consumers(model, moments, graph, kept, how.damping, _tied(model, plan, graph, kept))
     if left:
         reasons = "; ".join(f"`{name}` ({why})" for name, why in left.items())
         warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=3)
     return fresh
+
+
+def _tied(model: nn.Module, plan: Plan, graph: DependencyGraph, kept: Kept) -> list[str]:
+    with evaluating(model):
+        return tied_by_example(model, fakes.recall_inputs(plan.inputs), graph, kept)
 
 
 def input_moments(
@@ -158,8 +164,8 @@ def input_moments(
             sums[name] = sums[name] + total if name in sums else total
 
     with evaluating(model), torch.no_grad():
-        for inputs, _ in checked(model, batches, "compensation"):
+        for batch in checked(model, batches, "compensation", None):
             number += 1
             with Taps(model, after=add_sum, keep=False):
-                call(model, inputs)
+                call(model, batch.inputs)
     return read(sums, meta)

@@ -132,9 +132,12 @@ class GroupwiseCriterion(Criterion):
 
     def reduce(self, graph: DependencyGraph, values: Mapping[str, Tensor]) -> Scores:
         """Turn values per weight (parameter name -> tensor like it) into scores per unit."""
-        scores, parameters = {}, {name for name, _ in graph.model.named_parameters()}
-        for group in graph.groups:
-            members = self._counted(graph.model, [member for member in group.members if member.name in parameters])
+        scores: dict[str, Tensor] = {}
+        for group in graph.groups:  # a parameter without a value (of integers, say) does not count
+            members = self._counted(graph.model, [member for member in group.members if member.name in values])
+            if not members:
+                scores[group.name] = torch.zeros(group.size)
+                continue
             rows = [self.member_scores(values, member, group.size).float().cpu() for member in members]
             reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [member.role for member in members])
             scores[group.name] = NORMALIZERS[self.normalizer](reduced)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
+from prunelab.criteria.unknown import with_unknown
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.errors import BatchError, BudgetError
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -74,7 +76,7 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
         member: one of its dimensions.
         weight: the weight itself.
     """
-    rows, columns = (1, 0) if factors.kind == "conv_transpose" else (0, 1)
+    rows, columns = (1, 0) if factors.kind in IN_FIRST else (0, 1)
     if member.dim not in (rows, columns):
         return None
     unit = member.unit.to(weight.device)
@@ -102,8 +104,9 @@ class KroneckerCriterion(Criterion):
     """Scores every layer that produces a unit by the Fisher's Kronecker factors, then reduces over these layers.
 
     A unit may own several rows of a layer (a head's width): they go together, with the terms between them.  Groups that
-    no layer produces (embeddings) are scored by the columns of the layers that consume them, in the same way; a group
-    with neither has no score and is never removed first (infinity).  Biases are not charged.
+    no layer produces (embeddings) are scored by the columns of the layers that consume them, in the same way.  A group
+    of vectors alone has no layer, no score, and is never removed first (infinity); a group with matrices that are used
+    in no way that is known is scored by ``½ Σ w² E[g_n²]``, after a warning.  Biases are not charged.
 
     Args:
         fisher: ``"empirical"`` (labels as given), ``"mc"`` (sampled from the model) or ``"ggn"`` (exact).
@@ -151,7 +154,8 @@ class KroneckerCriterion(Criterion):
     def units(self, graph: DependencyGraph, statistics: Statistics) -> dict[str, Tensor]:
         """Return group name -> score of every unit."""
         parameters, by_weight = dict(graph.model.named_parameters()), self.by_weight(statistics)
-        return {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
+        scores = {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
+        return with_unknown(str(self), graph, scores, by_weight, statistics)
 
     def by_weight(self, statistics: Statistics) -> dict[str, list]:
         """Return weight name -> what is known of it."""

@@ -29,6 +29,7 @@ from prunelab.criteria.dense import FISHERS, bowl, prune_weights, split
 from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, saliency
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.errors import BatchError, BudgetError
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
 from prunelab.tracing.groups import Group, Member
@@ -198,7 +199,7 @@ def _block(factors: Factors, member: Member, weight: Tensor) -> Block:
     owner = member.unit.to(weight.device).view(-1, *(1 for _ in weight.shape[member.dim + 1 :])).expand(weight.shape)
     values, unit = (_grouped(factors, tensor) for tensor in (weight.detach(), owner))
     S, A = (factor if factors.groups > 1 else factor[None] for factor in (factors.S, factors.A))
-    if (member.dim == 0) == (factors.kind == "conv_transpose"):
+    if (member.dim == 0) == (factors.kind in IN_FIRST):
         return Block(values.transpose(1, 2), A, S, unit[:, 0, :, 0], factors, True)
     return Block(values, S, A, unit[:, :, 0, 0], factors, False)
 

@@ -47,8 +47,8 @@ def collect(
 
     Args:
         graph: of the model, or the model itself.
-        batches: pairs ``(inputs, targets [B, …])``; or ``distributed.Sharded``, a share of them in every process: each
-            measures its own, and all have the sums over all.
+        batches: pairs ``(inputs, targets)``, mappings with labels, or a ``Task``; or ``distributed.Sharded``, a share
+            of them in every process: each measures its own, and all have the sums over all.
         what: any of ``"grad"``, ``"moments"``, ``"kronecker"``, ``"ekfac"``, ``"inputs"``; see ``Statistics``.
         fisher: of which gradients the moments and factors are: ``"empirical"`` (labels as given), ``"mc"`` (labels
             sampled from the softmax) or ``"ggn"`` (exactly the generalised Gauss-Newton matrix).

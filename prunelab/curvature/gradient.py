@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
 
 
@@ -29,25 +30,34 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
     Raises:
         BatchError: the batches do not fit the model, or a gradient is not finite.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    seen, modes = 0, [(module, module.training) for module in model.modules()]
+    seen, modes = 0.0, [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        for number, (inputs, targets) in enumerate(checked(model, batches, "the gradient")):
-            with torch.enable_grad():
-                value = mean_loss(model, inputs, targets, loss)
+        for number, batch in enumerate(checked(model, batches, "the gradient", loss)):
+            with no_checkpoints(model, "the gradient"), torch.enable_grad():
+                value = mean_loss(model, batch)
+                if not value.requires_grad:
+                    raise BatchError(
+                        f"The loss of batch {number} has no gradient: it must be computed from the model's outputs by "
+                        "differentiable operations, not from numbers or detached tensors."
+                    )
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is None:
                     continue
                 if not gradient.isfinite().all():
                     raise BatchError(f"The gradient of `{name}` is not finite in batch {number}: check its inputs.")
-                total[name] += gradient * len(targets)
-            seen += len(targets)
+                total[name] += gradient * batch.total
+            seen += batch.total
     finally:
         for module, training in modes:
             module.training = training

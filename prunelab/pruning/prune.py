@@ -18,12 +18,14 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
+from prunelab.curvature.statistics import Statistics
 from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
 from prunelab.errors import BudgetError
 from prunelab.planning import pools
 from prunelab.planning.choose import Options, choose, only_budget
 from prunelab.planning.fit import TOLERANCE
 from prunelab.planning.plan import Plan
+from prunelab.pruning.given import compensation, train
 from prunelab.pruning.report import Report
 from prunelab.pruning.schedule import Schedule, shares
 from prunelab.pruning.seeds import seeded
@@ -49,7 +51,7 @@ def prune(
     ratio: float | None = None,
     steps: int = 1,
     schedule: str | Schedule = "geometric",
-    compensate: bool | Compensation = False,
+    compensate: bool | Compensation | Statistics | Batches = False,
     finetune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     state: str | Path | None = None,
@@ -63,7 +65,7 @@ def prune(
         model: any module that can be traced.
         example_inputs: a tensor, a tuple or a dict; shapes and types matter.
         criterion: a name, or a criterion with options.
-        data: batches for the criterion, ``(inputs, targets)``; it is read once per step, twice with ``compensate``.
+        data: batches for the criterion, or a ``Task``; it is read once per step, twice with ``compensate``.
             With ``distributed.Sharded`` every process gives its share and calls this; plans, rows of the report and
             weights are then the same in all of them.
         flops: share of the FLOPs that is kept; or
@@ -74,8 +76,9 @@ def prune(
         steps: cut in so many steps, scoring anew before each.
         schedule: what is left after each step: equal parts of what was there (``"geometric"``), equal amounts
             (``"linear"``), much at first and little at the end (``"cubic"``), or ``(progress, final) -> share left``.
-        compensate: refit what is left after every cut, on ``data``; ``Compensation(…)`` for its options.
-        finetune: called with the model after every cut; trains it in place.
+        compensate: refit what is left after every cut: ``True`` on ``data``, or on other batches, as ``apply`` takes
+            them; ``Compensation(…)`` for its options.
+        finetune: called with the model after every cut; trains it in place, or returns a trained copy of it.
         evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name.
         state: folder in which the run is kept after every stage.  Called again after it was stopped, at any point, with
             the same arguments, it goes on there; a finished run is returned from it.
@@ -104,7 +107,7 @@ def prune(
     if not asked < 1:
         raise BudgetError(f"{kind}={asked!r} is outside (0, 1).")
     chosen = criteria.get(criterion) if isinstance(criterion, str) else criterion
-    refit = Compensation() if compensate is True else compensate or None
+    refit = compensation(compensate)
     goal = Goal(trace(model, example_inputs), kind, asked, schedule, steps, options)
     kept = None
     if state is not None:
@@ -169,7 +172,7 @@ def prune(
                 record(step, CUT)
             if finetune is not None and (step, TUNED) not in done:
                 with seeded(current, base, step, 1):
-                    _train(finetune, current)
+                    train(finetune, current)
                 weights_of_rank_0(_settled(current) if kept else current, data)
                 record(step, TUNED)
             bar.set_postfix({"flops": f"{report.rows[-1]['flops_kept']:.1%}"})
@@ -251,13 +254,6 @@ class Goal:
         if kept < self.asked * (1 - TOLERANCE):
             of = f" In the last step that missed its part: {why}" if self.steps > 1 else f" {why}"
             warnings.warn(f"{self.kind}={self.asked:.4g}: {kept:.4f} are left.{of if why else ''}", stacklevel=3)
-
-
-def _train(finetune: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    modes = [(module, module.training) for module in model.modules()]
-    finetune(model)
-    for module, training in modes:
-        module.training = training
 
 
 def _settled(model: nn.Module) -> nn.Module:
