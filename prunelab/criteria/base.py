@@ -173,7 +173,7 @@ REDUCTIONS: dict[str, Callable[[Tensor, list[str]], Tensor]] = {
 
 
 def _lamp(score: Tensor) -> Tensor:
-    order = score.argsort(descending=True)
+    order = score.argsort(descending=True, stable=True)
     return torch.empty_like(score).index_copy_(0, order, score[order] / score[order].cumsum(0).clamp_min(1e-30))
 
 
