@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map
 
 from prunelab.batches import Batches
 from prunelab.errors import BatchError, PlanError, PruneLabError
+from prunelab.options import module
 
 T = TypeVar("T")
 
@@ -178,7 +179,9 @@ def refuse_wrapped(model: nn.Module) -> None:
 
     Raises:
         PruneLabError: it is one; the message says how to get at the model.
+        OptionError: it is not a module.
     """
+    module("model", model)
     inner = next((name for name in ("module", "_orig_mod") if _is_wrapper(model, name)), None)
     if inner is not None:
         kind = type(model).__name__

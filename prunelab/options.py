@@ -8,13 +8,15 @@ as numbers; ``True`` and ``"0.5"`` do not.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from decimal import Decimal
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.errors import OptionError
 
@@ -135,6 +137,41 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise OptionError(f"{name}={shown(value)} is not one of {', '.join(known)}.")
     return value
+
+
+def module(name: str, value: Any) -> nn.Module:
+    """Return an option that is a module.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(value, nn.Module):
+        raise OptionError(f"`{name}` must be a torch.nn.Module, got {shown(value)}.")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """Return an option that is a path.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise OptionError(f"`{name}` must be a path, got {shown(value)}.")
+    return Path(value)
+
+
+def parts(name: str, value: Any) -> list[str | nn.Module]:
+    """Return names and modules as a list; one of them alone will do.
+
+    Raises:
+        OptionError: something is neither a name nor a module.
+    """
+    given = [value] if isinstance(value, (str, nn.Module)) or not isinstance(value, Iterable) else list(value)
+    wrong = [item for item in given if not isinstance(item, (str, nn.Module))]
+    if wrong:
+        raise OptionError(f"`{name}` takes names and modules, one or a list of them; {shown(wrong[0])} is neither.")
+    return given
 
 
 def function(name: str, value: Any, takes: str) -> Any:

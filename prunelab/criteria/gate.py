@@ -23,7 +23,8 @@ from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.layout import leaves
 from prunelab.curvature.one_pass import evaluating
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import one_of, real, whole
 from prunelab.tracing.trace import DependencyGraph
 
 CURVATURES = ("ggn", "mc", "empirical", "hessian")
@@ -71,13 +72,13 @@ class Gate(Criterion):
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise BudgetError(f"samples={self.samples!r} is no positive whole number.")
-        if not self.temperature > 0 or (self.temperature != 1 and self.curvature not in ("ggn", "mc")):
-            raise BudgetError(
-                f"temperature={self.temperature!r} must be positive, and 1 for curvature={self.curvature!r}."
+        super().__post_init__()
+        one_of("curvature", self.curvature, CURVATURES)
+        self.samples = whole("samples", self.samples)
+        self.temperature = real("temperature", self.temperature, above=0)
+        if self.temperature != 1 and self.curvature not in ("ggn", "mc"):
+            raise OptionError(
+                f"`temperature` must be 1 for curvature={self.curvature!r}, got temperature={self.temperature!r}."
             )
 
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:

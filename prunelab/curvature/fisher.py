@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from prunelab.batches import Loss
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
+from prunelab.options import one_of
 
 FISHERS = ("empirical", "mc", "ggn")
 
@@ -30,10 +31,9 @@ def check_fisher(fisher: str) -> None:
     """Check the name of a Fisher.
 
     Raises:
-        BudgetError: there is no such one.
+        OptionError: there is no such one.
     """
-    if fisher not in FISHERS:
-        raise BudgetError(f"fisher={fisher!r} is not one of {', '.join(FISHERS)}.")
+    one_of("fisher", fisher, FISHERS)
 
 
 def columns(outputs: Any, targets: Tensor, loss: Loss, fisher: str, seed: int, first: int) -> Iterator[list[Tensor]]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from prunelab.batches import Batches, Loss, checked
 from prunelab.curvature.fisher import check_mean
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
 
 PARTS = ("exact", "functional", "gauss_newton")
 """H, and the two parts that it is the sum of."""
@@ -36,10 +36,10 @@ def check_part(part: str) -> None:
     """Check the name of a part.
 
     Raises:
-        BudgetError: there is no such part.
+        OptionError: there is no such part.
     """
     if part not in PARTS:
-        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
+        raise OptionError(f"part={part!r} is not one of {', '.join(PARTS)}.")
 
 
 def finite(value: Tensor) -> bool:

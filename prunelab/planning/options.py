@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunelab.errors import BudgetError, OptionError
-from prunelab.options import one_of, real, shown, whole
+from prunelab.options import one_of, parts, real, shown, whole
 from prunelab.planning import pools
 from prunelab.planning.timing import Timing
 
@@ -51,7 +51,7 @@ class Options:
             set_option("max_ratio", real("max_ratio", self.max_ratio, above=0, most=1))
         if not isinstance(self.timing, Timing):
             raise OptionError(f"`timing` must be a pl.Timing, got {shown(self.timing)}.")
-        set_option("ignore", pools.listed("ignore", self.ignore))
+        set_option("ignore", parts("ignore", self.ignore))
 
 
 def only_budget(**given: float | None) -> tuple[str, float]:

@@ -6,14 +6,14 @@ Flows in: a graph and what the user named.  Flows out: pools of bundles, and gro
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from prunelab.criteria.greedy import Bundle
 from prunelab.errors import OptionError, PlanError
-from prunelab.options import one_of, real, shown
+from prunelab.options import one_of, parts, real, shown
 from prunelab.tracing.groups import Group
 from prunelab.tracing.named import Items, covered
 from prunelab.tracing.trace import DependencyGraph
@@ -63,7 +63,7 @@ def ignored_groups(graph: DependencyGraph, ignore: Items) -> set[str]:
     Raises:
         PlanError: ``ignore`` names something that the model does not have.
     """
-    items = listed("ignore", ignore)
+    items = parts("ignore", ignore)
     inside = covered(graph.model, items, groups=[group.name for group in graph.groups])
     named = {item for item in items if isinstance(item, str)}
     return {
@@ -72,19 +72,6 @@ def ignored_groups(graph: DependencyGraph, ignore: Items) -> set[str]:
         if any(group.name in named or any(member.name in inside for member in group.members) for group in bundle)
         for name in names(bundle)
     }
-
-
-def listed(option: str, items: Any) -> list[str | nn.Module]:
-    """Return names and modules as a list; one of them alone will do.
-
-    Raises:
-        OptionError: something is neither a name nor a module.
-    """
-    given = [items] if isinstance(items, (str, nn.Module)) or not isinstance(items, Iterable) else list(items)
-    wrong = [item for item in given if not isinstance(item, (str, nn.Module))]
-    if wrong:
-        raise OptionError(f"`{option}` takes names and modules, one or a list of them; {shown(wrong[0])} is neither.")
-    return given
 
 
 def spelled(graph: DependencyGraph, given: Any, option: str) -> dict[str, Any]:
@@ -139,6 +126,18 @@ def _produced_in(group: Group, name: str) -> bool:
     return any(not name or f"{maker}.".startswith(f"{name}.") for maker in makers or [m.name for m in group.members])
 
 
+def checked_shares(graph: DependencyGraph, overrides: Any) -> dict[str, float]:
+    """Return ``overrides`` by name, as numbers.
+
+    Raises:
+        OptionError: a share is out of range, or ``overrides`` is not a mapping of names and modules.
+        PlanError: a module is not part of the model.
+    """
+    given = spelled(graph, overrides, "overrides")
+    why = "the share to remove"
+    return {name: real(f"overrides[{name!r}]", share, least=0, below=1, why=why) for name, share in given.items()}
+
+
 def overridden(
     graph: DependencyGraph, overrides: Mapping[Any, float], skipped: set[str], since: Mapping[str, int] | None = None
 ) -> dict[str, int]:
@@ -154,9 +153,8 @@ def overridden(
         PlanError: a name means no group, or only ignored ones.
         OptionError: a share is out of range, or ``overrides`` is not a mapping of names and modules.
     """
-    overrides = spelled(graph, overrides, "overrides")
+    overrides = checked_shares(graph, overrides)
     for name, share in overrides.items():
-        overrides[name] = real(f"overrides[{name!r}]", share, least=0, below=1, why="the share to remove")
         if by_name(graph, {name: share}, "overrides").keys() <= skipped:
             raise PlanError(f"overrides names `{name}`, and ignore leaves it whole: drop it from one of them.")
     sizes = {group.name: group.size for group in graph.groups}

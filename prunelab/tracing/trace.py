@@ -76,7 +76,12 @@ class DependencyGraph:
         Raises:
             TraceError: the model has no such parameter or dimension.
         """
-        if name not in self.dims or not -len(self.dims[name]) <= dim < len(self.dims[name]):
+        if (
+            not isinstance(name, str)
+            or type(dim) is not int
+            or name not in self.dims
+            or not -len(self.dims[name]) <= dim < len(self.dims[name])
+        ):
             raise TraceError(f"{type(self.model).__name__} has no dimension {dim} of a parameter or buffer `{name}`.")
         found = (self._by_leaf.get(id(part)) for part in leaves(self.dims[name][dim].axis))
         return tuple(dict.fromkeys(group for group in found if group is not None))
