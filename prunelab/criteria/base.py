@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import accumulate
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -87,6 +88,36 @@ class Scores(Mapping[Group, Tensor]):
         if self.matrix is not None:
             total = total + self.matrix[units][:, units].double().triu(1).sum()
         return float(total)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores to a file, matrix included, so that they can be planned from in another process.
+
+        The file is in the safetensors format, with a JSON header: no pickle, nothing that is ever run.  It appears
+        whole or not at all.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        from prunelab.criteria.kept import save  # which knows all kinds of scores
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Scores:
+        """Return the scores in a file that ``save`` wrote.
+
+        Args:
+            path: of the file.
+            graph: of the model that was scored; or the model itself, which is then traced as it was.  Names, groups and
+                shapes must be the same; the values of the weights are not compared.
+
+        Raises:
+            DataError: the file is missing, damaged, edited, or not one of scores.
+            PlanError: the scores are of another model; the message says what differs.
+        """
+        from prunelab.criteria.kept import load
+
+        return load(path, graph)
 
     def __getitem__(self, group: Group | str) -> Tensor:
         name = group if isinstance(group, str) else getattr(group, "name", group)
