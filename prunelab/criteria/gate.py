@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from prunelab.batches import Batches, Loss, checked
+from prunelab.batches import Batches, Loss, checked, device_of
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates, samples
+from prunelab.criteria.memory import check_fits
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import check_mean, columns
 from prunelab.curvature.layout import leaves
@@ -86,9 +87,18 @@ class Gate(Criterion):
 
         Raises:
             BatchError: batches are missing or do not fit the model, or derivatives are not finite.
+            OptionError: the matrix of interactions does not fit into memory.
         """
         if not graph.groups:
             return Scores(graph, {}, str(self))
+        if self.interactions:
+            units = sum(group.size for group in graph.groups)
+            check_fits(
+                f"The matrix of interactions between {units} units",
+                2 * 4 * units**2,  # the sum so far, and what a batch adds to it
+                device_of(graph.model),
+                "trace with ignore= what need not be cut, or leave out interactions=True",
+            )
         gradient, matrix = self.measure(graph, batches)
         diagonal = matrix.diagonal() if self.interactions else matrix
         score = (diagonal / 2 - gradient if self.linear else diagonal / 2).float().cpu()
