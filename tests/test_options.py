@@ -139,3 +139,79 @@ def test_only_scores_can_be_planned_from(scores, wrong):
     for given in (wrong, scores.graph, pl.criteria.Random()):
         with pytest.raises(pl.PlanError, match="`scores` must be what a criterion returns, .*got a "):
             pl.plan(given, flops=0.5)
+
+
+# ── prune ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+X = torch.ones(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1.5}, "`steps` must be a positive integer, got steps=1.5"),
+        ({"steps": True}, "`steps` must be a positive integer"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0, got seed=-1"),
+        ({"seed": "1"}, "`seed` must be an integer"),
+        ({"schedule": 0.5}, "schedule=0.5 is not one of linear, geometric, cubic, nor a function"),
+        (
+            {"schedule": lambda progress, final: "half"},
+            "must return the share that is left, a number; it returned 'half'",
+        ),
+        ({"finetune": "sgd"}, r"`finetune` must be a function, called as finetune\(model\), got finetune='sgd'"),
+        ({"evaluate": 0.5}, "`evaluate` must be a function"),
+        (
+            {"evaluate": lambda model: None},
+            "`evaluate` must return metrics by name, .* or one number; it returned None",
+        ),
+        ({"evaluate": lambda model: {"accuracy": [1]}}, r"its metric 'accuracy' is \[1\]"),
+        ({"criterion": 3}, "There is no criterion 3; there are random"),
+        ({"criterion": nn.Linear}, "There is no criterion <class"),
+        ({"state": 3}, "`state` must be the path of a folder, got 3"),
+        ({"progress": "yes"}, "`progress` must be True or False"),
+        ({"overrides": {"0": 1.0}}, r"`overrides\['0'\]` must be a number in \[0, 1\)"),
+        ({"ignore": 0.5}, "`ignore` takes names and modules"),
+        ({"max_ratio": "all"}, "`max_ratio` must be a number"),
+        ({"flops": 1.5}, "`flops` must be a number"),
+    ],
+)
+def test_bad_options_of_prune_are_named(options, message):
+    with pytest.raises(pl.OptionError, match=message):
+        pl.prune(small(), X, **{"flops": 0.6, "progress": False, **options})
+
+
+@pytest.mark.parametrize("score", [0.5, np.float32(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_one_number_from_evaluate_is_the_score(score):
+    _, report = pl.prune(small(), X, ratio=0.5, evaluate=lambda model: score)
+    assert [row["score"] for row in report.rows] == [0.5, 0.5]
+    assert pl.Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    "budget", [{"flops": 1.0}, {"params": 1}, {"bytes": np.float32(1)}, {"latency": 1.0}, {"ratio": 0}]
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_to_prune_nothing_returns_a_copy(budget, steps, tmp_path):
+    model = small()
+    same, report = pl.prune(model, X, steps=steps, state=tmp_path / "run", progress=False, **budget)
+    assert same is not model and torch.equal(same(X), model(X))
+    assert [plan.cuts for plan in report.plans] == [()] * steps and report.rows[-1]["flops_kept"] == 1
+    again, other = pl.prune(model, X, steps=steps, state=tmp_path / "run", progress=False, **budget)
+    assert torch.equal(again(X), model(X)) and other == report
+    pl.save(same, tmp_path / "same.safetensors")
+    assert torch.equal(pl.load(small(), tmp_path / "same.safetensors")(X), model(X))
+
+
+def test_a_run_goes_on_whatever_the_numbers_are_made_of(tmp_path):
+    one, two = (
+        {"ratio": kind(0.5), "max_ratio": kind(0.75), "overrides": {"2": kind(0.25)}} for kind in (float, np.float64)
+    )
+    _, first = pl.prune(small(), X, state=tmp_path, seed=1, **one)
+    _, second = pl.prune(small(), X, state=tmp_path, seed=np.int64(1), **two)
+    assert first == second

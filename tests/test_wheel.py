@@ -64,7 +64,7 @@ def test_the_first_example_of_the_readme_runs(installed, tmp_path):
 
 
 def test_networks_and_images_are_in_it(installed, tmp_path):
-    code = "import prunelab as pl; print(len(pl.data.cifar10().test), pl.data.root(), *map(pl.zoo.load, ('resnet20', 'vit_small')))"
+    code = "import prunelab as pl; print(len(pl.data.cifar10().test), pl.data.root(), pl.zoo.load('resnet20'))"
     found = outside(installed, tmp_path, "-c", code)
     assert found.startswith(f"2000 {installed / 'prunelab' / '_data'} ResNet(")
 

@@ -5,7 +5,7 @@ Flows in: a device and a number of bytes.  Flows out: nothing, or an error that 
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 
@@ -19,9 +19,11 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows and macOS
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # Windows and macOS have no such file
         return None
+    known = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(known["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in known else None
 
 
 def check_fits(what: str, needed: int, device: torch.device, advice: str) -> None:

@@ -96,11 +96,12 @@ def factorize(
     layers = [_layer(site, scores.layers[name], used[name], whole, kind, per) for name, site in sites.items()]
     rest = 1 - sum(layer.pick(0).cost for layer in layers)
     asked = f"{kind}={share}"
-    choices = choose(layers, share - rest, by_price=per != "unit", slack=TOLERANCE * share, asked=asked)
+    by_price, slack = per != "unit", TOLERANCE * share
+    choices = {} if share == 1 else choose(layers, share - rest, by_price=by_price, slack=slack, asked=asked)
     narrowed = [
         Narrowed(name, site.shape, choices[name].inward, choices[name].outward)
         for name, site in sites.items()
-        if choices[name].inward or choices[name].outward
+        if name in choices and (choices[name].inward or choices[name].outward)
     ]
     damage = sum(choice.damage for choice in choices.values())
     budget: dict[str, Any] = {"asked": {kind: share}, "per": per, "criterion": scores.criterion, "damage": damage}
