@@ -166,6 +166,14 @@ def test_units_and_groups_that_do_not_exist_are_named(scores):
             scores.graph.group_of(name, dim)
 
 
+COMPENSATION: dict[str, tuple] = {
+    "damping": (-1, True, "1", float("nan"), float("inf")),
+    "memory": (0, -1, 1.5, True, "1"),
+    "sequential": (1, "yes", 0.5),
+    "side": ("both", None, 1),
+}
+
+
 @pytest.mark.filterwarnings("ignore:4 samples are too few")
 def test_densities_and_other_shares_are_checked_everywhere():
     model = small()
@@ -183,10 +191,10 @@ def test_densities_and_other_shares_are_checked_everywhere():
                 pl.factorize(model, directions, **{kind: share})
         with pytest.raises(pl.OptionError, match="`density` must be a number in"):
             pl.sparsify(model, magnitudes, share)
-        for option in ("damping", "memory", "sequential", "side"):
-            if not (isinstance(share, (bool, int)) and option in ("memory", "sequential")):
-                with pytest.raises(pl.OptionError, match=option):
-                    pl.Compensation(**{option: share if share not in (1.5, 2) else -1})
+    for option, values in COMPENSATION.items():
+        for value in values:
+            with pytest.raises(pl.OptionError, match=option):
+                pl.Compensation(**{option: value})
     with pytest.raises(pl.PlanError, match="must map names of parameters to tensors like them"):
         pl.sparsify(model, directions, 0.5)
     with pytest.raises(pl.PlanError, match="The score of '0.weight' must be a tensor"):
