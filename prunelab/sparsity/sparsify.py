@@ -138,13 +138,13 @@ def _checked_density(density: float | None, pattern: tuple[int, int] | None) -> 
 def _checked_scores(model: nn.Module, given: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
     """Return float scores of the parameters that are to be pruned, tied ones once; −inf where they are masked."""
     parameters = parameters_of(model)
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise PlanError(
             "`scores_elementwise` must map names of parameters to tensors like them, as criterion.elementwise(model, "
             f"batches) returns, got a {type(given).__name__}."
         )
     for name, score in given.items():
-        if not isinstance(name, str) or not isinstance(score, Tensor):
+        if not isinstance(score, Tensor):
             raise PlanError(f"The score of {name!r} must be a tensor like that parameter, got {shown(score)}.")
     by_name = {plain_name(name): score for name, score in given.items()}
     if names is not None:
