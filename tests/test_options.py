@@ -90,13 +90,33 @@ def test_an_empty_plan_cuts_nothing_and_can_be_kept(tmp_path):
 def test_a_budget_of_what_the_model_has_not_is_an_error_that_says_so():
     frozen = pl.criteria.Random()(pl.trace(nn.Linear(4, 2), torch.ones(1, 4)))
     for budget in ({"flops": 0.5}, {"ratio": 0.5}):
-        with pytest.raises(pl.BudgetError, match="Linear has no group of units that could go, since"):
+        with pytest.raises(pl.PlanError, match="Linear has no units to remove, since all its parameters"):
             pl.plan(frozen, **budget)
     assert pl.plan(frozen, flops=1.0).cuts == pl.plan(frozen, ratio=0).cuts == ()
-    embedding = nn.Sequential(nn.Embedding(3, 8), nn.LayerNorm(8), nn.Flatten(), nn.LayerNorm(8))
-    scores = pl.criteria.Random()(pl.trace(embedding, torch.zeros(1, 1, dtype=torch.long)))
-    with pytest.raises(pl.BudgetError, match="Sequential has no"):
+
+
+class Lookup(nn.Module):
+    """A network without a single multiply-add that counts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scale = nn.Embedding(5, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.table(x) * self.scale).sum(-1)
+
+
+def test_a_share_of_no_flops_is_an_error():
+    scores = pl.criteria.Random()(pl.trace(Lookup(), torch.zeros(1, 3, dtype=torch.long)))
+    with pytest.raises(pl.BudgetError, match="Lookup has no flops to take a share of: give another budget"):
         pl.plan(scores, flops=0.5)
+    with pytest.raises(pl.BudgetError, match="Lookup has no flops to take a share of: give another `per`"):
+        pl.plan(scores, params=0.5, per="flops")
+    plan = pl.plan(scores, params=0.5)
+    assert plan.budget["kept"] == {"flops": 1.0, "params": 0.5, "bytes": 0.5}
+    assert pl.plan(scores, flops=1.0, per="flops").cuts == ()
+    _, report = pl.prune(Lookup(), torch.zeros(1, 3, dtype=torch.long), "random", params=0.5)
+    assert report.rows[-1]["flops_kept"] == 1 and report.rows[-1]["params_kept"] == 0.5
 
 
 @pytest.mark.parametrize(

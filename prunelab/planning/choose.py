@@ -17,7 +17,7 @@ from prunelab.criteria.greedy import Bundle, Order, removal_order
 from prunelab.errors import BudgetError, PlanError
 from prunelab.planning import pools, widths
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, smallest_gift
-from prunelab.planning.options import COSTS, Options, only_budget
+from prunelab.planning.options import COSTS, Options, check_cuttable, only_budget
 from prunelab.planning.plan import Cut, Plan
 from prunelab.planning.timing import Timing, fit_latency
 from prunelab.tracing.trace import DependencyGraph
@@ -123,7 +123,7 @@ def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:
     whole = cost({})
     sizes = {group.name: group.size for group in graph.groups}
     others = {name: sizes[name] - number for name, number in fixed.items()}
-    _check_cuttable(graph, kind, share, whole, options)
+    check_cuttable(graph, kind, share, whole, options)
     order = removal_order(scores, competing, limits, _prices(free, cost, options.per), fixed)
 
     def left(gone: Mapping[str, int]) -> dict[str, int]:
@@ -195,26 +195,6 @@ def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:
     return plan_for(gone, budget)
 
 
-def _check_cuttable(
-    graph: DependencyGraph, kind: str, share: float, whole: Mapping[str, int], options: Options
-) -> None:
-    """Refuse a budget where there is nothing that it could be a share of.
-
-    Raises:
-        BudgetError: something is to go, and the graph has no groups, or the model nothing of that kind.
-    """
-    name = type(graph.model).__name__
-    if share == 0 if kind == "ratio" else share >= 1:
-        return
-    if not graph.groups and not options.since:
-        reasons = list(dict.fromkeys(graph.frozen.values()))
-        why = f", since {reasons[0]}" if reasons else ""
-        raise BudgetError(f"{kind}={share:.4g} cannot be met: {name} has no group of units that could go{why}.")
-    for cost in {kind, options.per} & set(COSTS):
-        if not whole[cost]:
-            raise BudgetError(f"{name} has no {cost}, of which {kind if cost == kind else 'per'} takes a share.")
-
-
 def _plan(graph: DependencyGraph, order: Order, left: Mapping[str, int], budget: dict[str, Any]) -> Plan:
     cuts = []
     for group in graph.groups:
@@ -230,7 +210,7 @@ def _prices(bundles: Sequence[Bundle], cost: CostModel, per: str) -> dict[str, f
     """Return what the first unit to go from each bundle saves, as a share of the whole."""
     if per == "unit":
         return {}
-    whole = cost({})[per]
+    whole = max(cost({})[per], 1)
     return {b[0].name: max(1 - cost({g.name: g.size - 1 for g in b})[per] / whole, 1e-12) for b in bundles}
 
 

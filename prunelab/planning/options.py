@@ -5,6 +5,7 @@ Flows in: what the user gave.  Flows out: a budget's kind and share, and ``Optio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from prunelab.errors import BudgetError, OptionError
+from prunelab.errors import BudgetError, OptionError, PlanError
 from prunelab.options import one_of, parts, real, shown, whole
 from prunelab.planning import pools
 from prunelab.planning.timing import Timing
+from prunelab.tracing.trace import DependencyGraph
 
 COSTS = ("flops", "params", "bytes")
 
@@ -69,3 +71,37 @@ def only_budget(**given: float | None) -> tuple[str, float]:
     if name == "ratio":
         return name, real(name, value, least=0, below=1, why="the share of the units to remove; 0 removes nothing")
     return name, real(name, value, above=0, most=1, why=f"the share of the {name} to keep; 1 removes nothing")
+
+
+def check_cuttable(graph: DependencyGraph, kind: str, share: float, costs: Mapping[str, int], options: Options) -> None:
+    """Refuse a budget where there is nothing that it could be a share of.
+
+    Raises:
+        PlanError: something is to go, and the graph has no groups.
+        BudgetError: the model has nothing of that kind.
+    """
+    name = type(graph.model).__name__
+    if share == 0 if kind == "ratio" else share >= 1:
+        return
+    if not options.since:
+        check_groups(graph)
+    for cost in COSTS:
+        if cost in (kind, options.per) and not costs[cost]:
+            option = "budget" if cost == kind else "`per`"
+            raise BudgetError(f"{name} has no {cost} to take a share of: give another {option}.")
+
+
+def check_groups(graph: DependencyGraph) -> None:
+    """Check that there is something to remove.
+
+    Raises:
+        PlanError: there is no group; the message gives the reasons that are most frequent.
+    """
+    if graph.groups:
+        return
+    reasons = Counter(graph.frozen.values()).most_common(3)
+    why = "; ".join(f"{number} dimensions: {reason}" for reason, number in reasons) or "it has no parameters"
+    raise PlanError(
+        f"{type(graph.model).__name__} has no units to remove, since all its parameters must stay whole ({why}). "
+        "graph.frozen has the reason for every dimension."
+    )
