@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import accumulate
 from os import PathLike
@@ -144,7 +144,8 @@ class Criterion(ABC):
         Raises:
             OptionError: one is of another type.
         """
-        for field in fields(self) if is_dataclass(self) else ():
+        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        for field in options:
             value, kind = getattr(self, field.name), field.type
             if kind in ("bool", bool):
                 setattr(self, field.name, flag(field.name, value))
@@ -213,10 +214,10 @@ class GroupwiseCriterion(Criterion):
         one_of("group_reduction", self.group_reduction, REDUCTIONS)
         one_of("normalizer", self.normalizer, NORMALIZERS)
         if self.target_types is not None:
-            types = self.target_types
-            self.target_types = (types,) if isinstance(types, type) else tuple(types) if _iterable(types) else (types,)
+            given: Any = self.target_types
+            self.target_types = tuple(given) if _iterable(given) else (given,)
             if not self.target_types or not all(isinstance(kind, type) for kind in self.target_types):
-                raise OptionError(f"`target_types` must be classes of modules, got {shown(types)}.")
+                raise OptionError(f"`target_types` must be classes of modules, got {shown(given)}.")
 
     def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
         """Return ``[size]``: the score of every unit on one member, from values per weight."""
@@ -247,7 +248,7 @@ class GroupwiseCriterion(Criterion):
 
 
 def _iterable(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, (str, type))
 
 
 def _first(rows: Tensor, roles: list[str]) -> Tensor:
