@@ -12,7 +12,7 @@ from prunelab.compensation.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.collect import Statistics, collect
-from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
+from prunelab.errors import BatchError, BudgetError, DataError, OptionError, PlanError, PruneLabError, TraceError
 from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
 from prunelab.planning.choose import plan
@@ -41,6 +41,7 @@ __all__ = [
     "Group",
     "Latency",
     "Member",
+    "OptionError",
     "Plan",
     "PlanError",
     "PruneLabError",

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.batches import call, eval_mode
 from prunelab.errors import BatchError
+from prunelab.options import module, real
 from prunelab.tracing import fakes
 from prunelab.tracing.axes import size_with
 from prunelab.tracing.trace import DependencyGraph
@@ -113,8 +114,10 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
 
     Raises:
         BatchError: the model cannot take the inputs.
+        OptionError: ``seconds`` is not a number, or ``model`` not a module.
     """
-    with eval_mode(model):
+    seconds = real("seconds", seconds, least=0)
+    with eval_mode(module("model", model)):
         call(model, example_inputs)
         times = _blocks(lambda: call(model, example_inputs), seconds)
     quarter, _, three = statistics.quantiles(times) if len(times) > 1 else (0.0, 0.0, 0.0)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelab.errors import BatchError, PlanError, PruneLabError
+from prunelab.options import module
 from prunelab.samples import length
 from prunelab.task import Task
 from prunelab.trees import tree_map
@@ -186,7 +187,9 @@ def refuse_wrapped(model: nn.Module) -> None:
 
     Raises:
         PruneLabError: it is one; the message says how to get at the model.
+        OptionError: it is not a module.
     """
+    module("model", model)
     inner = next((name for name in ("module", "_orig_mod") if _is_wrapper(model, name)), None)
     if inner is not None:
         kind = type(model).__name__

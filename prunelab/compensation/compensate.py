@@ -15,10 +15,10 @@ then cuts.  Notebook 11_compensation derives it.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -32,7 +32,8 @@ from prunelab.curvature.factor_sums import KINDS, key
 from prunelab.curvature.inputs import MEMORY, InputMoment, consumers, describe, read, summed
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.taps import LayerCall, Taps
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import flag, one_of, real, whole
 from prunelab.planning.plan import Plan
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
@@ -69,12 +70,13 @@ class Compensation:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        if self.side not in ("consumers", "producers"):
-            raise BudgetError(f"side={self.side!r} is not one of consumers, producers.")
-        if self.sequential and self.side == "producers":
-            raise BudgetError("sequential=True refits consumers: leave side at 'consumers'.")
-        if self.damping is not None and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
-            raise BudgetError(f"damping={self.damping!r} is no number of at least 0.")
+        one_of("side", self.side, ("consumers", "producers"))
+        set_option = partial(object.__setattr__, self)  # the dataclass is frozen
+        if self.sequential is not None and flag("sequential", self.sequential) and self.side == "producers":
+            raise OptionError("sequential=True refits consumers: leave side at 'consumers'.")
+        if self.damping is not None:
+            set_option("damping", real("damping", self.damping, least=0))
+        set_option("memory", whole("memory", self.memory))
 
     @property
     def in_order(self) -> bool:

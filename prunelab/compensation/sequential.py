@@ -91,7 +91,7 @@ def refit_in_order(
             targets = work.outputs([number for level in window for number in work.of(level)])
             for level in window:
                 work.refit(level, targets)
-    return {name: weights[name] for name in fresh.keys() | work.changed}, left | work.left
+    return {name: weights[name] for name in weights if name in fresh or name in work.changed}, left | work.left
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
 from prunelab.criteria.unknown import with_unknown
 from prunelab.curvature.collect import Statistics, statistics_for
+from prunelab.curvature.fisher import FISHERS
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.taps import IN_FIRST
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
+from prunelab.options import one_of, real
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -118,6 +121,8 @@ class KroneckerCriterion(Criterion):
             loss between groups as they are.
     """
 
+    fishers: ClassVar[tuple[str, ...]] = FISHERS
+
     fisher: str = "empirical"
     loss: Loss = F.cross_entropy
     seed: int = 0
@@ -125,14 +130,15 @@ class KroneckerCriterion(Criterion):
     normalizer: str = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.normalizer == "standarization":
             self.normalizer = "standardization"
-        for option, table in (("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
-            if getattr(self, option) not in table:
-                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(table)}.")
-        damping = getattr(self, "damping", 0.0)
-        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
-            raise BudgetError(f"damping={damping!r} is no number ≥ 0; it is a share of the mean eigenvalue.")
+        one_of("fisher", self.fisher, self.fishers)
+        one_of("group_reduction", self.group_reduction, REDUCTIONS)
+        one_of("normalizer", self.normalizer, NORMALIZERS)
+        if hasattr(self, "damping"):
+            damping = real("damping", self.damping, least=0, why="it is a share of the mean eigenvalue")
+            setattr(self, "damping", damping)  # noqa: B010 - only some of these criteria have it
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.

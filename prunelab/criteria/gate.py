@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from prunelab.batches import Batch, Batches, Loss, checked
+from prunelab.batches import Batch, Batches, Loss, checked, device_of
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates
+from prunelab.criteria.memory import check_fits
 from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import columns, passes, slopes
 from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.curvature.one_pass import evaluating
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import one_of, real, whole
 from prunelab.tracing.trace import DependencyGraph
 from prunelab.trees import tree_leaves, tree_map
 
@@ -77,13 +79,13 @@ class Gate(Criterion):
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise BudgetError(f"samples={self.samples!r} is no positive whole number.")
-        if not self.temperature > 0 or (self.temperature != 1 and self.curvature not in ("ggn", "mc")):
-            raise BudgetError(
-                f"temperature={self.temperature!r} must be positive, and 1 for curvature={self.curvature!r}."
+        super().__post_init__()
+        one_of("curvature", self.curvature, CURVATURES)
+        self.samples = whole("samples", self.samples)
+        self.temperature = real("temperature", self.temperature, above=0)
+        if self.temperature != 1 and self.curvature not in ("ggn", "mc"):
+            raise OptionError(
+                f"`temperature` must be 1 for curvature={self.curvature!r}, got temperature={self.temperature!r}."
             )
 
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
@@ -91,9 +93,18 @@ class Gate(Criterion):
 
         Raises:
             BatchError: batches are missing or do not fit the model, or derivatives are not finite.
+            OptionError: the matrix of interactions does not fit into memory.
         """
         if not graph.groups:
             return Scores(graph, {}, str(self))
+        if self.interactions:
+            units = sum(group.size for group in graph.groups)
+            check_fits(
+                f"The matrix of interactions between {units} units",
+                2 * 4 * units**2,  # the sum so far, and what a batch adds to it
+                device_of(graph.model),
+                "trace with ignore= what need not be cut, or leave out interactions=True",
+            )
         gradient, matrix = self.measure(graph, batches)
         diagonal = matrix.diagonal() if self.interactions else matrix
         score = (diagonal / 2 - gradient if self.linear else diagonal / 2).float().cpu()

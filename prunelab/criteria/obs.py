@@ -30,7 +30,8 @@ from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, sa
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.taps import IN_FIRST
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import one_of
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -70,6 +71,8 @@ class OBS(KroneckerCriterion):
     Compression*, equation 3, for one matrix per layer; Wang et al. 2019, *EigenDamage*, section 4, for S ⊗ A.
     """
 
+    fishers = FISHERS
+
     curvature: str = "kronecker"
     damping: float = 1e-3
     factor: str = "channel"
@@ -78,10 +81,9 @@ class OBS(KroneckerCriterion):
         super().__post_init__()
         allowed = {"curvature": CURVATURES, "factor": ("channel", "full"), "fisher": FISHERS}
         for option, values in allowed.items():
-            if getattr(self, option) not in values:
-                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(values)}.")
+            one_of(option, getattr(self, option), values)
         if self.fisher == "hessian" and self.curvature != "dense":
-            raise BudgetError('fisher="hessian" needs curvature="dense": the Hessian has no Kronecker factors.')
+            raise OptionError('fisher="hessian" needs curvature="dense": the Hessian has no Kronecker factors.')
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.

@@ -21,7 +21,8 @@ from prunelab.curvature.pieces import Replaced, leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
+from prunelab.options import one_of, whole
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -64,10 +65,9 @@ class Quadratic(Criterion):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise BudgetError(f"chunk={self.chunk!r} is no positive whole number.")
+        super().__post_init__()
+        one_of("curvature", self.curvature, CURVATURES)
+        self.chunk = whole("chunk", self.chunk)
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.

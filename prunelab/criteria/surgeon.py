@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prunelab.errors import BudgetError
+from prunelab.options import real
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,9 @@ def damped(matrix: Tensor, damping: float = 0.0) -> Tensor:
     """Return ``H + damping · mean eigenvalue · I`` in float64, for symmetric matrices ``[…, n, n]``.
 
     Raises:
-        BudgetError: damping is negative.
+        OptionError: damping is negative.
     """
-    if not damping >= 0:
-        raise BudgetError(f"damping={damping!r} is no number of at least 0.")
+    damping = real("damping", damping, least=0)
     exact = matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()  # mps has no float64
     exact = (exact + exact.mT) / 2
     level = damping * exact.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)  # nothing at all costs nothing

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
 from prunelab.losses import class_weights, counted, ignored_label, is_cross_entropy, is_known
+from prunelab.options import one_of
 from prunelab.trees import tree_flatten, tree_unflatten
 
 FISHERS = ("empirical", "mc", "ggn")
@@ -31,10 +32,9 @@ def check_fisher(fisher: str) -> None:
     """Check the name of a Fisher.
 
     Raises:
-        BudgetError: there is no such one.
+        OptionError: there is no such one.
     """
-    if fisher not in FISHERS:
-        raise BudgetError(f"fisher={fisher!r} is not one of {', '.join(FISHERS)}.")
+    one_of("fisher", fisher, FISHERS)
 
 
 def columns(

@@ -26,7 +26,8 @@ from prunelab.curvature.dual import along
 from prunelab.curvature.one_pass import evaluating
 from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import twice_differentiable
-from prunelab.errors import BudgetError, PruneLabError
+from prunelab.errors import PruneLabError
+from prunelab.options import whole
 
 __all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
 
@@ -102,11 +103,10 @@ def product(
     """Return the product with one of ``PARTS``; see ``hessian_product``.
 
     Raises:
-        BudgetError: there is no such part, or ``chunk`` is no positive number.
+        OptionError: there is no such part, or ``chunk`` is not a positive integer.
     """
     check_part(part)
-    if not isinstance(chunk, int) or chunk < 1:
-        raise BudgetError(f"chunk={chunk!r} is no positive whole number.")
+    chunk = whole("chunk", chunk)
     directions, batched = _directions(model, vectors)
     total = [torch.zeros_like(value) for value in directions]
     seen, dual = 0.0, len(directions[0]) == 1

@@ -28,6 +28,7 @@ from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
 from prunelab.errors import BatchError
+from prunelab.options import module as a_module
 from prunelab.task import Task
 from prunelab.tracing.trace import DependencyGraph
 from prunelab.trees import tree_map
@@ -288,8 +289,12 @@ def _vectors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
 
 
 def model_of(graph: DependencyGraph | nn.Module) -> nn.Module:
-    """Return the model of a graph, or the model that was given in its place."""
-    return graph if isinstance(graph, nn.Module) else graph.model
+    """Return the model of a graph, or the model that was given in its place.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    return a_module("graph", graph.model if isinstance(graph, DependencyGraph) else graph)
 
 
 def readable_again(batches: Batches | None) -> bool:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from prunelab.batches import Batch, Batches, Loss, checked
 from prunelab.curvature.mean_check import check_apart, check_mean, check_own
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
 from prunelab.trees import tree_flatten, tree_unflatten
 
 PARTS = ("exact", "functional", "gauss_newton")
@@ -36,10 +36,10 @@ def check_part(part: str) -> None:
     """Check the name of a part.
 
     Raises:
-        BudgetError: there is no such part.
+        OptionError: there is no such part.
     """
     if part not in PARTS:
-        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
+        raise OptionError(f"part={part!r} is not one of {', '.join(PARTS)}.")
 
 
 def finite(value: Tensor) -> bool:

@@ -13,14 +13,15 @@ from torch import nn
 
 from prunelab.compensation.compensate import Compensation
 from prunelab.curvature.statistics import Statistics
-from prunelab.errors import BudgetError, PruneLabError
+from prunelab.errors import OptionError, PruneLabError
+from prunelab.options import shown
 
 
 def compensation(given: Any) -> Compensation | None:
     """Return how to compensate: ``None`` for not at all, and without a source for the data of the criterion.
 
     Raises:
-        BudgetError: it is nothing that says how.
+        OptionError: it is nothing that says how.
     """
     if given is None or given is False:
         return None
@@ -30,9 +31,8 @@ def compensation(given: Any) -> Compensation | None:
         return given
     if isinstance(given, Statistics) or (isinstance(given, Iterable) and not isinstance(given, (str, bytes))):
         return Compensation(given)
-    raise BudgetError(
-        "`compensate` must be True, False, batches, statistics or a pl.Compensation, "
-        f"got {type(given).__name__} {given!r}."
+    raise OptionError(
+        f"`compensate` must be True, False, batches, statistics or a pl.Compensation, got {shown(given)}."
     )
 
 
