@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,8 @@ from prunelab.curvature.taps import FLAT, LayerCall, Taps
 from prunelab.errors import BatchError
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
-from prunelab.surgery.silence import masked
+from prunelab.surgery.silence import masked, zeroed
+from prunelab.tracing.calls import is_quiet, unwatched
 from prunelab.tracing.trace import DependencyGraph
 
 if TYPE_CHECKING:
@@ -250,8 +251,11 @@ class _Work:
 
             def count(seen: LayerCall, batch: int = batch) -> None:
                 nonlocal number
+                if is_quiet():  # silencing makes the call again, without what was removed
+                    return
                 number += 1
-                after(batch, number, seen)
+                with unwatched():
+                    after(batch, number, seen)
                 if number == last:
                     raise _Stop
 
@@ -264,6 +268,8 @@ class _Work:
         keep = kept_inputs(seen, self.graph, self.kept)[0].nonzero().flatten().to(weight.device)
         inputs = targets = torch.zeros((), dtype=torch.float64, device=sums_on(weight))
         place = 0
+        if seen.groups > 1:  # what was removed may be anything
+            seen = replace(seen, input=zeroed(seen.input, (None, kept_inputs(seen, self.graph, self.kept).flatten())))
         for chunk, one in columns(seen, weight, keep if seen.groups == 1 else None):
             chunk = torch.cat([chunk, one.expand(seen.groups, 1, chunk.shape[-1])], 1)
             rows = wanted[..., place : place + chunk.shape[-1]]

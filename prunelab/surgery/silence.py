@@ -93,10 +93,11 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
         modes.enter_context(Silence(axes, kept, seen))
         running.all = [*getattr(running, "all", []), (axes, modes)]
 
-    def stop(*_: Any) -> None:
+    def stop(module: nn.Module, args: Any, out: Any) -> None:
         axes, modes = running.all.pop()
         modes.close()
-        axes.check(kept.masks)
+        if out is not None:  # as after an error, which is to be heard instead
+            axes.check(kept.masks)
 
     if kept.masks:
         silent.register_forward_pre_hook(start)

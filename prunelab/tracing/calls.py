@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import FrameType, FunctionType
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -155,6 +155,24 @@ class RealAxes(TorchDispatchMode):
                     f"{type(self.model).__name__} treats the units of group `{group}` otherwise with these inputs than "
                     f"with those it was traced with: {why}. Trace it with inputs like these, or ignore that group."
                 )
+
+
+def is_quiet() -> bool:
+    """Tell whether some ``RealAxes`` leave out what is computed now, such as a call that is made again."""
+    return any(mode._quiet for mode in _watching())
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Leave what is computed inside out of all ``RealAxes``: someone measures the model's tensors."""
+    with ExitStack() as stack:
+        for mode in _watching():
+            stack.enter_context(mode.quiet())
+        yield
+
+
+def _watching() -> list[RealAxes]:
+    return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, RealAxes)]
 
 
 def _averaged(call: Call) -> list[Axis]:
