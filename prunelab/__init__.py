@@ -12,7 +12,7 @@ from prunelab.compensation.compensate import Compensation
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.collect import Statistics, collect
-from prunelab.errors import BatchError, BudgetError, DataError, PlanError, PruneLabError, TraceError
+from prunelab.errors import BatchError, BudgetError, DataError, OptionError, PlanError, PruneLabError, TraceError
 from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
 from prunelab.planning.choose import plan
@@ -25,6 +25,7 @@ from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
 from prunelab.surgery.silence import masked
 from prunelab.sweeping.sweep import sweep
+from prunelab.task import Task
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -40,12 +41,14 @@ __all__ = [
     "Group",
     "Latency",
     "Member",
+    "OptionError",
     "Plan",
     "PlanError",
     "PruneLabError",
     "Report",
     "Scores",
     "Statistics",
+    "Task",
     "Timing",
     "TraceError",
     "apply",

@@ -1,23 +1,40 @@
-"""Batches as criteria take them: pairs of inputs and targets, checked before a model sees them.
+"""Batches as criteria take them: read, checked, and on the model's device before a model sees them.
 
-Flows in: any iterable of ``(inputs, targets)``.  Flows out: the same pairs on the model's device, or a ``BatchError``.
+Flows in: any iterable of batches, or a ``Task``.  Flows out: each as a ``Batch``, or a ``BatchError``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from prunelab.devices import raise_out_of_memory
+from prunelab.batch import Batch, call, shape_of
 from prunelab.errors import BatchError
+from prunelab.isolation import ordinary
+from prunelab.losses import Loss, own_loss
+from prunelab.reading import own, placed, read, whole, with_loss
+from prunelab.samples import length
+from prunelab.task import task_of
+from prunelab.trees import tree_leaves, tree_map
 
-Batches = Iterable[tuple[Any, Tensor]]
-Loss = Callable[[Any, Tensor], Tensor]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Loss",
+    "batch_of",
+    "call",
+    "checked",
+    "device_of",
+    "mean_loss",
+    "read",
+    "shape_of",
+]
+
+Batches = Iterable[Any]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -26,79 +43,79 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while; every module then gets back the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def batch_of(inputs: Any) -> Batch:
+    """Return inputs alone as a batch without targets or a loss."""
+    size = length(inputs, None)
+    return placed(Batch(inputs, None, size, F.cross_entropy, whole, ((), ())), "The batch")
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` on a tensor, a tuple of positional arguments or a dict of keyword arguments.
-
-    Raises:
-        BatchError: the model cannot take the inputs; the message gives their shapes.
-    """
-    try:
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise_out_of_memory(error)
-        raise BatchError(f"{type(model).__name__} cannot take inputs of shape {_shapes(inputs)}: {error}") from error
-
-
-def mean_loss(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss) -> Tensor:
-    """Return ``loss(model(inputs), targets)``.
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss of a batch.
 
     Raises:
         BatchError: the model cannot take the inputs, or the loss not what the model gives with these targets.
     """
-    outputs = call(model, inputs)
-    try:
-        return loss(outputs, targets)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise_out_of_memory(error)
-        given = f"outputs of shape {_shapes(outputs)} and targets of shape {_shapes(targets)}"
-        raise BatchError(f"The loss of {type(model).__name__} cannot take {given}: {error}") from error
+    raw = call(model, batch.inputs)
+    value = own_loss(raw) if batch.own and batch.task is None else None
+    return batch.value(batch.picked(raw)) if value is None else value.reshape(())
 
 
-def _shapes(tree: Any) -> str:
-    return ", ".join(str(list(leaf.shape)) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def checked(model: nn.Module, batches: Batches | None, needed_by: str) -> Iterator[tuple[Any, Tensor]]:
+def checked(
+    model: nn.Module, batches: Batches | None, needed_by: str, loss: Loss | None = F.cross_entropy
+) -> Iterator[Batch]:
     """Yield the batches on the model's device; batches on the CPU are moved, any other mismatch is an error.
 
+    Batches of which no label counts are left out.
+
+    Args:
+        model: the network, in the mode in which it is measured.
+        batches: batches, or a ``Task``.
+        needed_by: who asks, for errors.
+        loss: of whoever asks; a task's own goes before it.  ``None`` where only inputs are needed.
+
     Raises:
-        BatchError: there are none, one is no pair of inputs and targets, their lengths differ, or they are on a device
-            other than the CPU and the model's.
+        BatchError: there are none, one has no targets and the model no loss of its own, or they are on a device other
+            than the CPU and the model's.
     """
     if batches is None:
         raise BatchError(f"`{needed_by}` needs batches of (inputs, targets): pass a data loader.")
-    device, number = device_of(model), -1
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise BatchError(
-                f"Batch {number} of `{needed_by}` is no pair (inputs, targets) but {type(batch).__name__}."
-            )
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        for tensor in tensors:
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise BatchError(f"`{needed_by}` needs an iterable of batches, such as a data loader, got {batches!r}.")
+    device, number, counts, known = device_of(model), -1, False, None
+    task = task_of(batches)
+    from prunelab.curvature.mean_check import odd_labels, weighed  # which knows batches
+
+    for number, item in enumerate(batches):
+        if isinstance(item, Batch):  # read before
+            counts = True
+            yield item
+            continue
+        where = f"Batch {number} of `{needed_by}`"
+        for tensor in (leaf for leaf in tree_leaves(item) if isinstance(leaf, Tensor)):
             if tensor.device.type not in ("cpu", device.type):
                 raise BatchError(
-                    f"Batch {number} of `{needed_by}` is on {tensor.device}, the model on {device}: "
-                    f"move the batch with `.to({str(device)!r})`."
+                    f"{where} is on {tensor.device}, the model on {device}: move the batch with `.to({str(device)!r})`."
                 )
-            if tensor.dim() and len(tensor) != len(batch[1]):
-                raise BatchError(
-                    f"Batch {number} of `{needed_by}` has {len(tensor)} inputs of shape {list(tensor.shape)} "
-                    f"but {len(batch[1])} targets."
-                )
-        yield tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, tuple(batch))
+        item = tree_map(lambda value: ordinary(value.to(device)) if isinstance(value, Tensor) else value, item)
+        inputs, targets = read(item, model, task, where)
+        size = length(inputs, targets, task.samples)
+        if size == 0:
+            raise BatchError(f"Batch {number} is empty.")
+        batch = placed(Batch(inputs, targets, size, loss or F.cross_entropy, whole, ((), ()), task=task), where)
+        if loss is None:
+            counts = True
+            yield batch
+            continue
+        batch = with_loss(batch, task, loss)
+        if batch.own:
+            known = known or own(model, batch, where)
+            batch = known(batch)
+        if odd_labels(batch):
+            batch = weighed(model, batch)
+        if batch.total > 0:
+            counts = True
+            yield batch
     if number < 0:
         raise BatchError(f"`{needed_by}` got an empty loader; one that can only be read once may be used up.")
+    if not counts:
+        raise BatchError(f"No label counts in any batch of `{needed_by}`: all of them are ignored.")

@@ -21,6 +21,7 @@ from prunelab.batches import call
 from prunelab.devices import synchronize
 from prunelab.errors import BatchError
 from prunelab.isolation import eval_mode
+from prunelab.options import module, real
 from prunelab.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
@@ -124,8 +125,10 @@ def latency(model: nn.Module, example_inputs: fakes.Inputs, *, seconds: float = 
 
     Raises:
         BatchError: the model cannot take the inputs.
+        OptionError: ``seconds`` is not a number, or ``model`` not a module.
     """
-    with eval_mode(model):
+    seconds = real("seconds", seconds, least=0)
+    with eval_mode(module("model", model)):
         call(model, example_inputs)
         times = _blocks(lambda: call(model, example_inputs), seconds)
     quarter, _, three = statistics.quantiles(times) if len(times) > 1 else (0.0, 0.0, 0.0)

@@ -19,17 +19,19 @@ Flows in: batches of one process.  Flows out: batches that stand for those of al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from prunelab.batches import Batches
 from prunelab.errors import BatchError, PlanError, PruneLabError
+from prunelab.options import module
+from prunelab.samples import length
+from prunelab.task import Task
+from prunelab.trees import tree_map
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ class Sharded:
     rank 0's first.
 
     Args:
-        batches: pairs ``(inputs, targets)`` of this process, readable more than once; as from a loader with a
+        batches: of this process, as criteria take them, or a ``Task``; readable more than once, as from a loader with a
             ``DistributedSampler``, or every n-th batch.
         group: the processes; all of them by default.
 
@@ -50,7 +52,7 @@ class Sharded:
         BatchError: ``torch.distributed`` was not started.
     """
 
-    batches: Batches
+    batches: Iterable[Any]
     group: Any = None
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class Sharded:
                 "process give the batches as they are."
             )
 
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield the batches of all processes, on the CPU, each sent from the process that holds it."""
         me = dist.get_rank(self.group)
         for number in range(dist.get_world_size(self.group)):
@@ -74,20 +76,27 @@ class Sharded:
                     break
                 yield content
 
+    def _length(self, item: Any) -> int:
+        from prunelab.batches import read  # which knows how batches of several processes are read
+
+        task = self.batches if isinstance(self.batches, Task) else Task(())
+        inputs, targets = read(item, None, task, "A batch")
+        return length(inputs, targets, task.samples)
+
     def first(self) -> int:
         """Return how many samples the processes before this one hold; reads the targets of all batches.
 
         Raises:
             BatchError: some process cannot read its batches.
         """
-        mine = agreed(lambda: sum(len(targets) for _, targets in self.batches), self.group)
+        mine = agreed(lambda: sum(self._length(item) for item in self.batches), self.group)
         return sum(gathered(mine, self.group)[: dist.get_rank(self.group)])
 
 
 def _next(batches: Iterator[Any]) -> tuple[str, Any]:
     """Return the next batch as a message to the others; whatever goes wrong is one as well, or they would wait."""
     try:
-        return "batch", tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, tuple(next(batches)))
+        return "batch", tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, next(batches))
     except StopIteration:
         return "end", None
     except Exception as error:
@@ -178,7 +187,9 @@ def refuse_wrapped(model: nn.Module) -> None:
 
     Raises:
         PruneLabError: it is one; the message says how to get at the model.
+        OptionError: it is not a module.
     """
+    module("model", model)
     inner = next((name for name in ("module", "_orig_mod") if _is_wrapper(model, name)), None)
     if inner is not None:
         kind = type(model).__name__

@@ -10,7 +10,14 @@ class TraceError(PruneLabError):
 
 
 class BudgetError(PruneLabError, ValueError):
-    """A budget, ratio or other option is outside its range, or cannot be met."""
+    """A budget cannot be met, or none or several are given; and, as ``OptionError``, an option is out of its range."""
+
+
+class OptionError(BudgetError):
+    """An option is of the wrong type or out of its range; the message says what it must be.
+
+    Whoever catches ``BudgetError`` catches this too: a budget out of its range is a wrong option.
+    """
 
 
 class BatchError(PruneLabError):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from prunelab.errors import PruneLabError, TraceError
 from prunelab.switches import layer_by_layer, undisturbed
@@ -182,14 +181,9 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
                 store[key] = old
 
 
-def ordinary(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches with copies for tensors that were made in inference mode, of which autograd can keep none."""
-
-    def usable(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-    for batch in batches:
-        yield tree_map(usable, batch)
+def ordinary(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a copy of one that was made in inference mode, which autograd cannot keep."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class _Snapshot:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunelab.errors import OptionError
+
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))``."""
@@ -40,8 +42,8 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10, width: int = 16) -> None:
         super().__init__()
-        if (depth - 2) % 6:
-            raise ValueError(f"a CIFAR ResNet has depth 6n+2 (20, 32, 44, …), not {depth}")
+        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+            raise OptionError(f"`depth` of a CIFAR ResNet must be 6n + 2 (20, 32, 44, …), got depth={depth!r}.")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

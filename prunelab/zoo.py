@@ -23,6 +23,7 @@ from prunelab import data
 from prunelab.cost import count
 from prunelab.errors import DataError
 from prunelab.networks import VGG, Attention, BasicBlock, EncoderBlock, ResNet, VisionTransformer
+from prunelab.options import shown
 
 __all__ = [
     "MODELS",
@@ -141,6 +142,8 @@ def load(name: str, checkpoint: str | Path | None = None, num_classes: int = 10)
     Raises:
         DataError: there is no such network or checkpoint, or the file is damaged or of another network.
     """
+    if not isinstance(name, str):
+        raise DataError(f"`name` must be the name of a network, such as 'resnet20', got {shown(name)}.")
     if checkpoint:
         path = Path(checkpoint)
         path = path if path.is_file() else data.store() / "checkpoints" / path

@@ -456,7 +456,6 @@ whole(
     "_fused_rms_norm",
     lambda: Weighted(lambda: nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 6))),
     groups=2,
-    devices=("cuda",),
 )
 layer("native_group_norm", lambda: nn.GroupNorm(2, WIDTH), groups=2)
 whole("native_layer_norm", lambda: Weighted(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 6))), groups=2)

@@ -196,6 +196,14 @@ def test_the_guide_runs_from_top_to_bottom(tmp_path, monkeypatch):
         exec(compile(block, f"<block {number} of docs/prune.md>", "exec"), names)
 
 
+@pytest.mark.filterwarnings("ignore:.*samples are too few")
+def test_the_page_about_batches_runs():
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "batches"}
+    for number, block in enumerate(blocks("batches.md"), 1):
+        exec(compile(block, f"<block {number} of docs/batches.md>", "exec"), names)
+
+
 def pairs() -> list[tuple[str, str, str]]:
     text = (DOCS / "torch_pruning.md").read_text(encoding="utf-8")
     found = re.findall(r"^```\{beside\}([^\n]*)\n(.*?)\n===\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)

@@ -79,6 +79,7 @@ def known_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.func.vmap cannot take")
         warnings.filterwarnings("ignore", "Cut without compensation: `(spectral|memory)")  # nor are an LSTM's a layer's
+        warnings.filterwarnings("ignore", ".* knows linear layers and convolutions, and these groups")
         warnings.filterwarnings("ignore", "params=0.9: the layers end at")  # few ranks in so small a model
         yield
 

@@ -171,7 +171,7 @@ def test_weights_that_no_call_holds_are_found_by_vmap_or_by_a_loop():
         (ZOO[0], set()),
         (ZOO[3], set()),
         (MORE[1], set()),
-        (MORE[2], {"both"}),
+        (MORE[2], set()),
         (MORE[3], {f"features.{n}.0.attn.relative_position_bias_table" for n in (1, 3)}),
     ],
     ids=["resnet20", "vit_small", "tokens", "shared", "swin"],

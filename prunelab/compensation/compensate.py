@@ -15,10 +15,10 @@ then cuts.  Notebook 11_compensation derives it.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, call, checked
 from prunelab.compensation.refit import losing_inputs, refit_consumers, refit_producers
+from prunelab.compensation.tied import tied_by_example
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.factor_sums import KINDS, key
 from prunelab.curvature.inputs import MEMORY, InputMoment, consumers, describe, read, summed
 from prunelab.curvature.taps import LayerCall, Taps
-from prunelab.errors import BatchError, BudgetError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.errors import BatchError, OptionError
+from prunelab.isolation import evaluating
+from prunelab.options import flag, one_of, real, whole
 from prunelab.planning.plan import Plan
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
@@ -68,12 +70,13 @@ class Compensation:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        if self.side not in ("consumers", "producers"):
-            raise BudgetError(f"side={self.side!r} is not one of consumers, producers.")
-        if self.sequential and self.side == "producers":
-            raise BudgetError("sequential=True refits consumers: leave side at 'consumers'.")
-        if self.damping is not None and not (isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf):
-            raise BudgetError(f"damping={self.damping!r} is no number of at least 0.")
+        one_of("side", self.side, ("consumers", "producers"))
+        set_option = partial(object.__setattr__, self)  # the dataclass is frozen
+        if self.sequential is not None and flag("sequential", self.sequential) and self.side == "producers":
+            raise OptionError("sequential=True refits consumers: leave side at 'consumers'.")
+        if self.damping is not None:
+            set_option("damping", real("damping", self.damping, least=0))
+        set_option("memory", whole("memory", self.memory))
 
     @property
     def in_order(self) -> bool:
@@ -108,7 +111,7 @@ def make_up(
     if how.side == "producers":
         whole = trace(model, fakes.recall_inputs(plan.inputs))
         factors = statistics_for(whole, how.source, {"kronecker"}).kronecker
-        fresh, left = refit_producers(model, factors, graph, kept, how.damping)
+        fresh, left = refit_producers(model, factors, graph, kept, how.damping, _tied(model, plan, graph, kept))
     elif how.in_order:
         from prunelab.compensation.sequential import (
             refit_in_order,  # which silences, which needs surgery, which needs us
@@ -122,11 +125,16 @@ def make_up(
             taps = consumers(graph)
             losing = {name: taps[name] for name in losing_inputs(graph, kept)}
             moments = input_moments(model, how.source, losing, how.memory)
-        fresh, left = refit_consumers(model, moments, graph, kept, how.damping)
+        fresh, left = refit_consumers(model, moments, graph, kept, how.damping, _tied(model, plan, graph, kept))
     if left:
         reasons = "; ".join(f"`{name}` ({why})" for name, why in left.items())
         warnings.warn(f"Cut without compensation: {reasons}.", stacklevel=4)
     return fresh
+
+
+def _tied(model: nn.Module, plan: Plan, graph: DependencyGraph, kept: Kept) -> list[str]:
+    with evaluating(model):
+        return tied_by_example(model, fakes.recall_inputs(plan.inputs), graph, kept)
 
 
 def input_moments(
@@ -158,8 +166,8 @@ def input_moments(
             sums[name] = sums[name] + total if name in sums else total
 
     with evaluating(model), torch.no_grad():
-        for inputs, _ in ordinary(checked(model, batches, "compensation")):
+        for batch in checked(model, batches, "compensation", None):
             number += 1
             with Taps(model, after=add_sum, keep=False):
-                call(model, inputs)
+                call(model, batch.inputs)
     return read(sums, meta)

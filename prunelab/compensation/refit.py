@@ -7,7 +7,7 @@ whole model's shapes.  ``compensate`` has the formulas; notebook 11_compensation
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunelab.curvature.inputs import InputMoment, Layer, like_weight, matrix
 from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.devices import exact
 from prunelab.errors import BatchError
 from prunelab.tracing.trace import DependencyGraph
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 UNSEEN = "no layer with it was seen"
+TWO_WAYS = "used in two ways"
 DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
 
 
@@ -72,20 +74,25 @@ def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
 
 def kept_inputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which input channels of a layer stay, bool ``[groups, in / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind == "conv_transpose" else 1].axis)
-    return mask.unflatten(0, (layer.groups, -1)) if layer.kind == "conv_transpose" else mask.expand(layer.groups, -1)
+    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind in IN_FIRST else 1].axis)
+    return mask.unflatten(0, (layer.groups, -1)) if layer.kind in IN_FIRST else mask.expand(layer.groups, -1)
 
 
 def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which output channels of a layer stay, bool ``[groups, out / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind == "conv_transpose" else 0].axis)
-    if layer.kind == "conv_transpose":
+    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind in IN_FIRST else 0].axis)
+    if layer.kind in IN_FIRST:
         return mask.expand(layer.groups, -1)
     return mask[layer.rows].unflatten(0, (layer.groups, -1))
 
 
 def refit_consumers(
-    model: nn.Module, moments: Mapping[str, InputMoment], graph: DependencyGraph, kept: Kept, damping: float | None
+    model: nn.Module,
+    moments: Mapping[str, InputMoment],
+    graph: DependencyGraph,
+    kept: Kept,
+    damping: float | None,
+    tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new weights and biases of all layers that lose columns, and those left as they are, with the reason.
 
@@ -97,9 +104,10 @@ def refit_consumers(
     _check_model(moments, parameters)
     seen = {found.weight for found in moments.values()}
     left = {name: UNSEEN for name in losing if name not in seen}
+    left |= {name: TWO_WAYS for name in tied}
     biases = Counter((found.bias, found.bias_rows.start) for found in moments.values())
     fresh: dict[str, Tensor] = {}
-    for found in (found for found in moments.values() if found.weight in losing):
+    for found in (found for found in moments.values() if found.weight in losing and found.weight not in left):
         constant = found.bias is not None and biases[found.bias, found.bias_rows.start] == 1
         if any(_overlap(found, other) for other in moments.values()):
             left[found.weight] = "its rows are used in more than one way"
@@ -176,7 +184,12 @@ def _check_model(found: Mapping[str, Layer], parameters: Mapping[str, Tensor]) -
 
 
 def refit_producers(
-    model: nn.Module, factors: Mapping[str, Factors], graph: DependencyGraph, kept: Kept, damping: float | None
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    graph: DependencyGraph,
+    kept: Kept,
+    damping: float | None,
+    tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return new rows of all layers that lose some: ``W_J + (S_JJ + Λ)⁻¹ S_JR W_R``, biases included.
 
@@ -184,8 +197,8 @@ def refit_producers(
     """
     parameters = dict(model.named_parameters())
     fresh: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    for name, found in factors.items():
+    left: dict[str, str] = {name: TWO_WAYS for name in tied}
+    for name, found in ((name, found) for name, found in factors.items() if found.weight not in left):
         if found.weight not in parameters or found.rows.stop > len(parameters[found.weight]):
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()
@@ -206,7 +219,7 @@ def refit_producers(
             continue
         add(fresh, parameters, found.weight, found.rows, like_weight(found, change, weight))
         if found.bias is not None:
-            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind == "conv_transpose" else found.rows
+            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind in IN_FIRST else found.rows
             add(
                 fresh, parameters, found.bias, rows, (mixing @ bias[rows].to(mixing).view(len(mixing), -1, 1)).flatten()
             )

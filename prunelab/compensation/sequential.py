@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunelab.batches import call, checked
+from prunelab.batches import Batch, call, checked
 from prunelab.compensation.compensate import Compensation, input_moments
 from prunelab.compensation.refit import (
     DEPENDENT,
+    TWO_WAYS,
     UNSEEN,
     kept_inputs,
     kept_outputs,
@@ -32,16 +33,17 @@ from prunelab.compensation.refit import (
     refit_consumers,
     ridge,
 )
+from prunelab.compensation.tied import tied_weights
 from prunelab.curvature.factor_sums import key
 from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix
 from prunelab.curvature.per_sample import as_float
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.taps import FLAT, LayerCall, Taps
 from prunelab.devices import exact_on
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.isolation import evaluating
 from prunelab.planning.plan import Plan
 from prunelab.surgery.apply import masks
-from prunelab.surgery.silence import masked
+from prunelab.surgery.silence import masked, zeroed
 from prunelab.tracing.trace import DependencyGraph
 
 if TYPE_CHECKING:
@@ -65,17 +67,20 @@ def refit_in_order(
     """
     if how.batches is None:
         raise BatchError("sequential=True needs batches, and these statistics hold none: Compensation(batches, …).")
-    held = list(ordinary(checked(model, how.batches, "compensation")))
+    held = list(checked(model, how.batches, "compensation", None))
     losing = losing_inputs(graph, kept)
     silent = masked(model, plan).eval()
     weights = {name: value.detach() for name, value in silent.named_parameters()}
     with evaluating(model), torch.no_grad():
         with Taps(model) as taps:
-            call(model, held[0][0])
+            call(model, held[0].inputs)
         uses = _uses(taps.calls, weights)
+        tied = tied_weights(model, held[0].take([0]).inputs, graph, kept)
+        losing = [name for name in losing if name not in tied]
         large = _large(taps.calls, weights, graph, losing, how.memory)
         del taps
         left = {name: UNSEEN for name in losing if all(use.weight != name for use in uses)}
+        left |= {name: TWO_WAYS for name in tied}
         fresh: dict[str, Tensor] = {}
         if large:
             moments = input_moments(model, held, large, how.memory)
@@ -83,11 +88,11 @@ def refit_in_order(
             left |= {name: why for name, why in others.items() if name in large}
             _put(fresh, weights, graph, kept)
         work = _Work(model, silent, weights, graph, kept, how.damping, held, uses)
-        for window in _windows(_levels(uses, losing, large), uses, STORE // len(held)):
+        for window in _windows(_levels(uses, losing, {*large, *tied}), uses, STORE // len(held)):
             targets = work.outputs([number for level in window for number in work.of(level)])
             for level in window:
                 work.refit(level, targets)
-    return {name: weights[name] for name in fresh.keys() | work.changed}, left | work.left
+    return {name: weights[name] for name in weights if name in fresh or name in work.changed}, left | work.left
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class _Work:
     graph: DependencyGraph
     kept: Kept
     damping: float | None
-    held: list[tuple[Any, Tensor]]
+    held: list[Batch]
     uses: list[_Use]
     changed: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
@@ -241,7 +246,7 @@ class _Work:
 
     def _run(self, model: nn.Module, after: Callable[[int, int, LayerCall], None], last: int) -> None:
         """Run a model on every batch, up to and including its layer call ``last``."""
-        for batch, (inputs, _) in enumerate(self.held):
+        for batch, held in enumerate(self.held):
             number = -1
 
             def count(seen: LayerCall, batch: int = batch) -> None:
@@ -252,7 +257,7 @@ class _Work:
                     raise _Stop
 
             with suppress(_Stop), Taps(model, after=count, keep=False):
-                call(model, inputs)
+                call(model, held.inputs)
 
     def _products(self, seen: LayerCall, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``Σ u uᵀ`` and ``Σ y uᵀ`` of one call, without groups over the inputs that stay only."""
@@ -260,6 +265,8 @@ class _Work:
         keep = kept_inputs(seen, self.graph, self.kept)[0].nonzero().flatten().to(weight.device)
         inputs = targets = torch.zeros((), dtype=torch.float64, device=exact_on(weight.device))
         place = 0
+        if seen.groups > 1:  # what was removed may be anything
+            seen = replace(seen, input=zeroed(seen.input, (None, kept_inputs(seen, self.graph, self.kept).flatten())))
         for chunk, one in columns(seen, weight, keep if seen.groups == 1 else None):
             chunk = torch.cat([chunk, one.expand(seen.groups, 1, chunk.shape[-1])], 1)
             rows = wanted[..., place : place + chunk.shape[-1]]
@@ -304,6 +311,6 @@ class _Work:
 def _by_columns(seen: LayerCall, output: Tensor) -> Tensor:
     """Return outputs as ``[groups, out / groups, columns]``, samples and positions in the order of ``columns``."""
     output = as_float(output)
-    if seen.kind == "linear":
+    if seen.kind in FLAT:
         return output.reshape(-1, output.shape[-1]).mT[None]
     return output.movedim(1, 0).flatten(1).unflatten(0, (seen.groups, -1))

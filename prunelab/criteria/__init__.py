@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from prunelab.criteria.base import Criterion, Scores
@@ -18,7 +19,8 @@ from prunelab.criteria.oracle import Oracle
 from prunelab.criteria.quadratic import Quadratic
 from prunelab.criteria.random import Random
 from prunelab.criteria.taylor import Taylor
-from prunelab.errors import PruneLabError
+from prunelab.errors import OptionError
+from prunelab.options import shown
 
 CRITERIA: dict[str, type[Criterion]] = {
     "random": Random,
@@ -38,6 +40,9 @@ CRITERIA: dict[str, type[Criterion]] = {
     "quadratic": Quadratic,
     "oracle": Oracle,
 }
+
+for _name, _kind in CRITERIA.items():  # so that a criterion says itself what ``get`` knows it by
+    _kind.name = _name
 
 __all__ = [
     "COBD",
@@ -71,16 +76,23 @@ def names() -> tuple[str, ...]:
     return tuple(CRITERIA)
 
 
-def get(name: str, **options: Any) -> Criterion:
-    """Return a criterion by name, with options.
+def get(name: str | Criterion, **options: Any) -> Criterion:
+    """Return a criterion by name, with options; a criterion itself is returned as it is.
 
     Raises:
-        PruneLabError: there is no such criterion or option; the message lists what there is.
+        OptionError: there is no such criterion or option, or an option is out of its range; the message lists what
+            there is.
+
+    >>> str(get("bn_scale", fallback="keep"))
+    'bn_scale'
     """
-    if name not in CRITERIA:
-        raise PruneLabError(f"There is no criterion {name!r}; there are {', '.join(CRITERIA)}.")
-    try:
-        return CRITERIA[name](**options)
-    except TypeError as error:
-        known = ", ".join(CRITERIA[name].__dataclass_fields__)  # type: ignore[attr-defined]
-        raise PruneLabError(f"Criterion {name!r}: {error}; its options are {known}.") from error
+    if isinstance(name, Criterion) and not options:
+        return name
+    if not isinstance(name, str) or name not in CRITERIA:
+        raise OptionError(f"There is no criterion {shown(name)}; there are {', '.join(CRITERIA)}.")
+    kind = CRITERIA[name]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise OptionError(f"Criterion {name!r} has no option {unknown[0]!r}; its options are {', '.join(known)}.")
+    return kind(**options)

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import accumulate
-from typing import Any
+from os import PathLike
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches
-from prunelab.errors import BudgetError, DataError, PlanError
+from prunelab.errors import DataError, OptionError, PlanError
+from prunelab.options import flag, function, one_of, shown, whole
 from prunelab.switches import undisturbed
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.recorder import named_tensors
 from prunelab.tracing.trace import DependencyGraph
+
+
+class NoScores(PlanError, KeyError):
+    """Scores were asked for a group that they do not have."""
+
+    __str__ = Exception.__str__  # a KeyError would put its message in quotation marks
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +75,57 @@ class Scores(Mapping[Group, Tensor]):
 
         Args:
             removed: group name -> units, as in ``plan.removed``.
+
+        Raises:
+            PlanError: there is no such group or unit.
         """
+        if not isinstance(removed, Mapping):
+            raise PlanError(f"`removed` must map names of groups to units, as plan.removed does, got {shown(removed)}.")
+        removed = {name: list(group) for name, group in removed.items()}
+        for name, group in removed.items():
+            if name not in self.by_name or not all(0 <= unit < len(self.by_name[name]) for unit in group):
+                raise PlanError(f"There are no units {shown(group)} in a group {shown(name)}.")
         units = torch.tensor([self.offsets[name] + unit for name, group in removed.items() for unit in group]).long()
         total = torch.cat([self[group] for group in self])[units].double().sum()
         if self.matrix is not None:
             total = total + self.matrix[units][:, units].double().triu(1).sum()
         return float(total)
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores to a file, matrix included, so that they can be planned from in another process.
+
+        The file is in the safetensors format, with a JSON header: no pickle, nothing that is ever run.  It appears
+        whole or not at all.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        from prunelab.criteria.kept import save  # which knows all kinds of scores
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Scores:
+        """Return the scores in a file that ``save`` wrote.
+
+        Args:
+            path: of the file.
+            graph: of the model that was scored; or the model itself, which is then traced as it was.  Names, groups and
+                shapes must be the same; the values of the weights are not compared.
+
+        Raises:
+            DataError: the file is missing, damaged, edited, or not one of scores.
+            PlanError: the scores are of another model; the message says what differs.
+        """
+        from prunelab.criteria.kept import load
+
+        return load(path, graph)
+
     def __getitem__(self, group: Group | str) -> Tensor:
-        return self.by_name[group if isinstance(group, str) else group.name]
+        name = group if isinstance(group, str) else getattr(group, "name", group)
+        if not isinstance(name, str) or name not in self.by_name:
+            raise NoScores(f"There are no scores for {shown(group)}; there are for {', '.join(self.by_name)}.")
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.graph.groups)
@@ -87,19 +137,51 @@ class Scores(Mapping[Group, Tensor]):
 class Criterion(ABC):
     """A way to score units: ``criterion(graph, batches) -> Scores``."""
 
+    name: ClassVar[str]
+    """What ``criteria.get`` knows it by; ``criteria.CRITERIA`` sets it, and ``str(criterion)`` returns it."""
+
+    def __post_init__(self) -> None:
+        """Check the options that mean the same in every criterion: flags, seeds and losses.
+
+        Raises:
+            OptionError: one is of another type.
+        """
+        options: tuple[Field[Any], ...] = fields(self) if is_dataclass(self) else ()
+        for field in options:
+            value, kind = getattr(self, field.name), field.type
+            if kind in ("bool", bool):
+                setattr(self, field.name, flag(field.name, value))
+            elif field.name == "seed":
+                setattr(self, field.name, whole(field.name, value, least=-(2**63), most=2**63 - 1))
+            elif field.name == "loss" and not (value is None and field.default is None):
+                function(field.name, value, "loss(outputs, targets)")
+
     @abstractmethod
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let every criterion run outside of inference mode, where there are no gradients, and say what has no data."""
+        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data."""
         super().__init_subclass__(**options)
         for name in ("__call__", "elementwise"):
             if name in vars(cls):
                 setattr(cls, name, undisturbed()(_with_data(vars(cls)[name])))
+        if "__call__" in vars(cls):
+            cls.__call__ = _checking_graph(cls.__call__)  # type: ignore[method-assign]
 
     def __str__(self) -> str:
-        return type(self).__name__.lower()
+        return vars(type(self)).get("name", type(self).__name__.lower())
+
+
+def _checking_graph(score: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(score)
+    def checked(self: Criterion, graph: DependencyGraph, *args: Any, **given: Any) -> Any:
+        if not isinstance(graph, DependencyGraph):
+            advice = "trace the model first, with pl.trace(model, example_inputs)"
+            raise OptionError(f"`graph` must be a pl.DependencyGraph, got a {type(graph).__name__}: {advice}.")
+        return score(self, graph, *args, **given)
+
+    return checked
 
 
 def _with_data(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,11 +236,16 @@ class GroupwiseCriterion(Criterion):
     bias: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.normalizer == "standarization":  # the spelling that Torch-Pruning's users know
             self.normalizer = "standardization"
-        for option, table in (("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
-            if getattr(self, option) not in table:
-                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(table)}.")
+        one_of("group_reduction", self.group_reduction, REDUCTIONS)
+        one_of("normalizer", self.normalizer, NORMALIZERS)
+        if self.target_types is not None:
+            given: Any = self.target_types
+            self.target_types = tuple(given) if _iterable(given) else (given,)
+            if not self.target_types or not all(isinstance(kind, type) for kind in self.target_types):
+                raise OptionError(f"`target_types` must be classes of modules, got {shown(given)}.")
 
     def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
         """Return ``[size]``: the score of every unit on one member, from values per weight."""
@@ -166,9 +253,12 @@ class GroupwiseCriterion(Criterion):
 
     def reduce(self, graph: DependencyGraph, values: Mapping[str, Tensor]) -> Scores:
         """Turn values per weight (parameter name -> tensor like it) into scores per unit."""
-        scores, parameters = {}, {name for name, _ in graph.model.named_parameters()}
-        for group in graph.groups:
-            members = self._counted(graph.model, [member for member in group.members if member.name in parameters])
+        scores: dict[str, Tensor] = {}
+        for group in graph.groups:  # a parameter without a value (of integers, say) does not count
+            members = self._counted(graph.model, [member for member in group.members if member.name in values])
+            if not members:
+                scores[group.name] = torch.zeros(group.size)
+                continue
             rows = [self.member_scores(values, member, group.size).float().cpu() for member in members]
             reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [member.role for member in members])
             scores[group.name] = NORMALIZERS[self.normalizer](reduced)
@@ -186,6 +276,10 @@ class GroupwiseCriterion(Criterion):
         if self.target_types is None:
             return True
         return isinstance(model.get_submodule(name.rpartition(".")[0]), tuple(self.target_types))
+
+
+def _iterable(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, type))
 
 
 def _first(rows: Tensor, roles: list[str]) -> Tensor:
@@ -207,7 +301,7 @@ REDUCTIONS: dict[str, Callable[[Tensor, list[str]], Tensor]] = {
 
 
 def _lamp(score: Tensor) -> Tensor:
-    order = score.argsort(descending=True)
+    order = score.argsort(descending=True, stable=True)
     return torch.empty_like(score).index_copy_(0, order, score[order] / score[order].cumsum(0).clamp_min(1e-30))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
+from prunelab.criteria.unknown import with_unknown
 from prunelab.curvature.collect import Statistics, statistics_for
+from prunelab.curvature.fisher import FISHERS
 from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.devices import exact
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
+from prunelab.options import one_of, real
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -75,7 +80,7 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
         member: one of its dimensions.
         weight: the weight itself.
     """
-    rows, columns = (1, 0) if factors.kind == "conv_transpose" else (0, 1)
+    rows, columns = (1, 0) if factors.kind in IN_FIRST else (0, 1)
     if member.dim not in (rows, columns):
         return None
     unit = member.unit.to(weight.device)
@@ -103,8 +108,9 @@ class KroneckerCriterion(Criterion):
     """Scores every layer that produces a unit by the Fisher's Kronecker factors, then reduces over these layers.
 
     A unit may own several rows of a layer (a head's width): they go together, with the terms between them.  Groups that
-    no layer produces (embeddings) are scored by the columns of the layers that consume them, in the same way; a group
-    with neither has no score and is never removed first (infinity).  Biases are not charged.
+    no layer produces (embeddings) are scored by the columns of the layers that consume them, in the same way.  A group
+    of vectors alone has no layer, no score, and is never removed first (infinity); a group with matrices that are used
+    in no way that is known is scored by ``½ Σ w² E[g_n²]``, after a warning.  Biases are not charged.
 
     Args:
         fisher: ``"empirical"`` (labels as given), ``"mc"`` (sampled from the model) or ``"ggn"`` (exact).
@@ -116,6 +122,8 @@ class KroneckerCriterion(Criterion):
             loss between groups as they are.
     """
 
+    fishers: ClassVar[tuple[str, ...]] = FISHERS
+
     fisher: str = "empirical"
     loss: Loss = F.cross_entropy
     seed: int = 0
@@ -123,14 +131,15 @@ class KroneckerCriterion(Criterion):
     normalizer: str = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.normalizer == "standarization":
             self.normalizer = "standardization"
-        for option, table in (("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
-            if getattr(self, option) not in table:
-                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(table)}.")
-        damping = getattr(self, "damping", 0.0)
-        if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping < float("inf"):
-            raise BudgetError(f"damping={damping!r} is no number ≥ 0; it is a share of the mean eigenvalue.")
+        one_of("fisher", self.fisher, self.fishers)
+        one_of("group_reduction", self.group_reduction, REDUCTIONS)
+        one_of("normalizer", self.normalizer, NORMALIZERS)
+        if hasattr(self, "damping"):
+            damping = real("damping", self.damping, least=0, why="it is a share of the mean eigenvalue")
+            setattr(self, "damping", damping)  # noqa: B010 - only some of these criteria have it
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.
@@ -152,7 +161,8 @@ class KroneckerCriterion(Criterion):
     def units(self, graph: DependencyGraph, statistics: Statistics) -> dict[str, Tensor]:
         """Return group name -> score of every unit."""
         parameters, by_weight = dict(graph.model.named_parameters()), self.by_weight(statistics)
-        return {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
+        scores = {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
+        return with_unknown(str(self), graph, scores, by_weight, statistics)
 
     def by_weight(self, statistics: Statistics) -> dict[str, list]:
         """Return weight name -> what is known of it."""

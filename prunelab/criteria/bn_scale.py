@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import Criterion, GroupwiseCriterion, Scores
-from prunelab.errors import BudgetError, PruneLabError
+from prunelab.errors import OptionError, PruneLabError
+from prunelab.options import shown
 from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -39,7 +40,7 @@ class BNScale(GroupwiseCriterion):
         normalizer: ``"none"`` by default: one threshold on ``|γ|`` for the whole network, as in the paper.
 
     Raises:
-        BudgetError: ``fallback`` is none of these.
+        OptionError: ``fallback`` is none of these.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, section 3.
     """
@@ -49,8 +50,8 @@ class BNScale(GroupwiseCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.fallback, Criterion) and self.fallback not in ("error", "keep"):
-            raise BudgetError(f'fallback={self.fallback!r} is not one of "error", "keep", or a criterion.')
+        if not isinstance(self.fallback, Criterion) and str(self.fallback) not in ("error", "keep"):
+            raise OptionError(f'fallback={shown(self.fallback)} is not one of "error", "keep", or a criterion.')
 
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the scores; ``batches`` go to the fallback, if that is a criterion.

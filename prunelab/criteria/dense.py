@@ -18,6 +18,7 @@ from prunelab.curvature import exact
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
 from prunelab.isolation import copied
+from prunelab.options import real, whole
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
 from prunelab.switches import undisturbed
 
@@ -64,10 +65,8 @@ def prune_weights(
 
     Source: Hassibi & Stork 1992, *Optimal Brain Surgeon*, the procedure after equation 5.
     """
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise BudgetError(f"density={density!r} is outside (0, 1]: it is the share of the weights that is kept.")
-    if not isinstance(steps, int) or steps < 1:
-        raise BudgetError(f"steps={steps!r} is no positive whole number.")
+    density = real("density", density, above=0, most=1, why="outside that; it is the share of the weights to keep")
+    steps = whole("steps", steps)
     parameters = weights_of(model)
     if parameters.keys() - parameters_of(model).keys():
         raise PlanError(f"{type(model).__name__} has masks or other parametrizations: bake it first.")

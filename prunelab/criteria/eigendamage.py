@@ -22,7 +22,8 @@ from prunelab.criteria.base import Scores
 from prunelab.criteria.blocks import Block, KroneckerCriterion
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
-from prunelab.errors import BudgetError, PlanError
+from prunelab.errors import PlanError
+from prunelab.options import one_of
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -93,8 +94,7 @@ class EigenDamage(KroneckerCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.correction not in ("none", "ekfac"):
-            raise BudgetError(f"correction={self.correction!r} is not one of none, ekfac.")
+        one_of("correction", self.correction, ("none", "ekfac"))
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""

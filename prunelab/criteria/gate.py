@@ -6,6 +6,7 @@ that are cheap together.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunelab.batches import Batches, Loss, checked
+from prunelab.batches import Batch, Batches, Loss, checked, device_of
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.criteria.gates import Gates, samples
+from prunelab.criteria.gates import Gates
+from prunelab.criteria.memory import check_fits
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.collect import Statistics
-from prunelab.curvature.fisher import check_mean, columns
-from prunelab.curvature.layout import leaves
-from prunelab.devices import raise_out_of_memory
-from prunelab.errors import BatchError, BudgetError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.curvature.fisher import columns, passes, slopes
+from prunelab.curvature.mean_check import check_apart, check_mean, check_own
+from prunelab.errors import BatchError, OptionError
+from prunelab.isolation import evaluating
+from prunelab.options import one_of, real, whole
 from prunelab.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
+from prunelab.trees import tree_leaves, tree_map
 
 CURVATURES = ("ggn", "mc", "empirical", "hessian")
+
+MANY = 2000
+"""Backward passes for one batch, above which ``"ggn"`` warns."""
 
 
 @dataclass
@@ -72,13 +79,13 @@ class Gate(Criterion):
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise BudgetError(f"samples={self.samples!r} is no positive whole number.")
-        if not self.temperature > 0 or (self.temperature != 1 and self.curvature not in ("ggn", "mc")):
-            raise BudgetError(
-                f"temperature={self.temperature!r} must be positive, and 1 for curvature={self.curvature!r}."
+        super().__post_init__()
+        one_of("curvature", self.curvature, CURVATURES)
+        self.samples = whole("samples", self.samples)
+        self.temperature = real("temperature", self.temperature, above=0)
+        if self.temperature != 1 and self.curvature not in ("ggn", "mc"):
+            raise OptionError(
+                f"`temperature` must be 1 for curvature={self.curvature!r}, got temperature={self.temperature!r}."
             )
 
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
@@ -86,9 +93,18 @@ class Gate(Criterion):
 
         Raises:
             BatchError: batches are missing or do not fit the model, or derivatives are not finite.
+            OptionError: the matrix of interactions does not fit into memory.
         """
         if not graph.groups:
             return Scores(graph, {}, str(self))
+        if self.interactions:
+            units = sum(group.size for group in graph.groups)
+            check_fits(
+                f"The matrix of interactions between {units} units",
+                2 * 4 * units**2,  # the sum so far, and what a batch adds to it
+                device_of(graph.model),
+                "trace with ignore= what need not be cut, or leave out interactions=True",
+            )
         gradient, matrix = self.measure(graph, batches)
         diagonal = matrix.diagonal() if self.interactions else matrix
         score = (diagonal / 2 - gradient if self.linear else diagonal / 2).float().cpu()
@@ -103,89 +119,118 @@ class Gate(Criterion):
             BatchError: as for a call.
         """
         batches = batches.batches if isinstance(batches, Statistics) else batches
-        seen = 0
+        first, seen = 0, 0.0
         sums: list[Tensor] = []
-        with evaluating(graph.model):
-            checks = ordinary(checked(graph.model, batches, "gate"))
-            bar = tqdm(checks, desc="gate", disable=not self.progress, leave=False)
-            for number, (inputs, targets) in enumerate(bar):
-                gates = self._gates(graph, inputs)
-                for found in self._sums(gates, inputs, targets, seen):
+        with no_checkpoints(graph.model, "gate"), evaluating(graph.model):
+            bar = tqdm(
+                checked(graph.model, batches, "gate", self.loss), desc="gate", disable=not self.progress, leave=False
+            )
+            for number, batch in enumerate(bar):
+                self._check(graph, batch, number)
+                gates = self._gates(graph, batch)
+                for found in self._sums(gates, batch, first):
                     if not all(bool(value.isfinite().all()) for value in found):
                         raise BatchError(f"The derivatives in the gates are not finite in batch {number}.")
                     sums = (
                         [total.add_(value) for total, value in zip(sums, found, strict=True)] if sums else list(found)
                     )
-                seen += len(targets)
+                first, seen = first + batch.size, seen + batch.total
         gradient, curvature = sums
         return gradient / seen, curvature / seen
 
-    def _gates(self, graph: DependencyGraph, inputs: Any) -> Gates:
+    def _check(self, graph: DependencyGraph, batch: Batch, number: int) -> None:
+        """Check that a batch has what the curvature needs, and the first one that it does not take hours."""
+        check_own(graph.model, batch)
+        if self.curvature in ("ggn", "mc") or self.temperature != 1:
+            batch.opened(f"gate with curvature={self.curvature!r}")
+        if self.curvature == "hessian":
+            return
+        batch.apart("gate")
+        if number:
+            return
+        check_apart(graph.model, batch)
+        if self.curvature == "ggn":
+            with torch.no_grad():
+                count = passes(batch.take([0]).run(graph.model, check=False), batch.take([0]), "ggn")
+            if count > MANY:
+                warnings.warn(
+                    f'gate with curvature="ggn" needs one backward pass for every number that the model returns for a '
+                    f'sample: {count} for each batch here.  curvature="mc" needs {self.samples}.',
+                    stacklevel=5,
+                )
+
+    def _gates(self, graph: DependencyGraph, batch: Batch) -> Gates:
         for name, module in graph.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise BatchError(
                     f"`{name}` normalises over the batch (track_running_stats=False), so that samples have no "
                     "derivatives of their own."
                 )
-        return Gates(graph, inputs)
+        return Gates(graph, batch)
 
-    def _sums(self, gates: Gates, inputs: Any, targets: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _sums(self, gates: Gates, batch: Batch, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield gradient and curvature, summed over samples: of the whole batch, or of one sample after the other."""
         like = next(p for p in gates.model.parameters() if p.is_floating_point())
         ones = torch.ones(gates.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         if self.curvature == "hessian":
             with torch.enable_grad(), plain_attention:  # fused attention has no double backward
-                yield self._hessian(gates, inputs, targets, ones)
+                yield self._hessian(gates, batch, ones)
             return
-        parts = [(inputs, targets, ones.repeat(len(targets), 1))]
-        if not gates.per_sample:
-            parts = [(x, y, ones) for x, y in zip(samples(inputs, len(targets)), targets.split(1), strict=True)]
-        for number, (x, y, z) in enumerate(parts):
+        if gates.per_sample:
             with torch.enable_grad():
-                yield self._outer_products(gates, x, y, z.clone().requires_grad_(), first + number)
+                yield self._outer_products(gates, batch, ones.repeat(batch.size, 1).requires_grad_(), first)
+            return
+        for number, one in enumerate(batch.singles()):
+            if one.total > 0:
+                with torch.enable_grad():
+                    yield self._outer_products(gates, one, ones.clone().requires_grad_(), first + number)
 
-    def _outer_products(
-        self, gates: Gates, inputs: Any, targets: Tensor, z: Tensor, first: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``Σ_n ∂ℓ_n/∂z`` and ``Σ_n J_nᵀ Λ_n J_n``."""
-        outputs = gates.run(inputs, z)
-        self._check(outputs, targets)
-        tensors = leaves(outputs, len(targets))
+    def _outer_products(self, gates: Gates, batch: Batch, z: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Return ``Σ_n c_n ∂ℓ_n/∂z`` and ``Σ_n c_n J_nᵀ Λ_n J_n``."""
+        outputs = batch.picked(gates.run(batch.inputs, z))
+        check_mean(outputs, batch)
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        reached = [leaf.requires_grad for leaf in tensors]
 
         def back(column: list[Tensor]) -> Tensor:
-            (found,) = torch.autograd.grad(tensors, z, column, retain_graph=True, materialize_grads=True)
+            pairs = [(leaf, v) for leaf, v, used in zip(tensors, column, reached, strict=True) if used]
+            if not pairs:
+                return z.new_zeros(1, gates.size)
+            roots, backs = zip(*pairs, strict=True)
+            (found,) = torch.autograd.grad(roots, z, backs, retain_graph=True, materialize_grads=True)
             return found.view(-1, gates.size)
 
-        gradient, slopes = z.new_zeros(gates.size), None
+        gradient = z.new_zeros(gates.size)
         if self.linear or self.curvature == "empirical":
-            slopes = back(next(columns(outputs, targets, self.loss, "empirical", self.seed, first)))
-            gradient = slopes.sum(0)
-        heated = outputs / self.temperature if isinstance(outputs, Tensor) else outputs
+            gradient = back(slopes(outputs, batch)).sum(0)
+        heated = outputs
+        if self.temperature != 1:
+            heated = tree_map(lambda leaf: leaf / self.temperature if _is_float(leaf) else leaf, outputs)
         draws = self.samples if self.curvature == "mc" else 1
         total: Tensor | None = None
         for draw in range(draws):
-            for column in columns(heated, targets, self.loss, self.curvature, self.seed + draw, first):
-                rows = slopes if slopes is not None and self.curvature == "empirical" else back(column)
+            for column in columns(heated, batch, self.curvature, self.seed + draw, first, "curvature"):
+                rows = back(column)
                 found = rows.t() @ rows if self.interactions else rows.square().sum(0)
                 total = found if total is None else total.add_(found)
         if total is None:  # a loss that is linear in the outputs
             total = z.new_zeros((gates.size,) * (1 + self.interactions))
         return gradient, total / draws
 
-    def _check(self, outputs: Any, targets: Tensor) -> None:
-        try:
-            check_mean(outputs, targets, self.loss)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise_out_of_memory(error)
-            raise BatchError(f"The loss cannot take the outputs with targets {list(targets.shape)}: {error}") from error
-
-    def _hessian(self, gates: Gates, inputs: Any, targets: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+    def _hessian(self, gates: Gates, batch: Batch, ones: Tensor) -> tuple[Tensor, Tensor]:
         """Return gradient and Hessian of the summed loss in gates that all samples share, one row after the other."""
         z = ones.clone().requires_grad_()
-        value = self.loss(gates.run(inputs, z), targets) * len(targets)
+        outputs = batch.picked(gates.run(batch.inputs, z))
+        if batch.problem is None:
+            check_mean(outputs, batch)
+        value = batch.value(outputs) * batch.total
         (gradient,) = torch.autograd.grad(value, z, create_graph=True, materialize_grads=True)
         rows = []
         for unit in tqdm(range(gates.size), desc="gate", disable=not self.progress, leave=False):
             (row,) = torch.autograd.grad(gradient[unit], z, retain_graph=True, materialize_grads=True)
             rows.append(row if self.interactions else row[unit])
         return gradient.detach(), torch.stack(rows)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()

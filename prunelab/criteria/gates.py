@@ -7,14 +7,14 @@ pass gives the derivative of every sample's output in every gate.  Notebook 10_o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from prunelab.batches import Batch, batch_of
 from prunelab.batches import call as call_model
 from prunelab.errors import BatchError
 from prunelab.surgery.weighted import WEIGHTED, weighted
@@ -61,37 +61,39 @@ class Gates:
 
     Args:
         graph: of the model; it must be in eval mode while gates run.
-        inputs: the batch, to see what the model calls and in which rows each sample's numbers are.
+        batch: the batch, or its inputs, to see what the model calls and in which rows each sample's numbers are.
 
     Raises:
         PlanError: with these inputs the model couples units otherwise than in its trace.
     """
 
-    def __init__(self, graph: DependencyGraph, inputs: Any) -> None:
+    def __init__(self, graph: DependencyGraph, batch: Any) -> None:
+        batch = batch if isinstance(batch, Batch) else batch_of(batch)
         self.graph, self.model = graph, graph.model
         self.size = sum(group.size for group in graph.groups)
-        number = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
         axes = RealAxes(self.model, graph)
         learned = _Learning(axes)
-        two = take(inputs, [0, number - 1])
+        known = batch.problem is None  # where the samples are
+        few = batch.take([0, batch.size - 1]) if known else batch
         with torch.no_grad(), only_needed(self.model), axes, learned:
-            call_model(self.model, two)
+            call_model(self.model, few.inputs)
         axes.check(axes.leaves)
         self.jobs = _jobs(graph, axes, learned.calls)
         self.names = learned.names
-        if number > 1:
-            self._find_layouts(inputs, number)
-        self.per_sample = number > 1 and all(job.layout for jobs in self.jobs.values() for job in jobs)
+        self.per_sample = known and batch.size > 1
+        if self.per_sample:
+            self._find_layouts(batch)
+            self.per_sample = all(job.layout for jobs in self.jobs.values() for job in jobs)
 
-    def _find_layouts(self, inputs: Any, number: int) -> None:
+    def _find_layouts(self, batch: Batch) -> None:
         """Run the model on two samples, on two that are equal, and on three, and see where the samples are.
 
         A dimension that grows with the number of samples holds them; whether one sample's rows are together there is
         seen from the rows that change with the second sample.
         """
         runs = []
-        for places in ([0, number - 1], [0, 0], [0, number - 1, 0]):
-            some = take(inputs, places)
+        for places in ([0, batch.size - 1], [0, 0], [0, batch.size - 1, 0]):
+            some = batch.take(places).inputs
             with torch.no_grad(), only_needed(self.model), _Operands(self.jobs, self.names) as seen:
                 call_model(self.model, some)
             runs.append(seen.operands)
@@ -267,17 +269,6 @@ class _Gating(_Numbered):
             factor = factor.movedim(0, layout.dim).flatten(layout.dim, layout.dim + 1)
             factor = factor.repeat_interleave(layout.inner, layout.dim) if layout.inner > 1 else factor
         return factor.to(x.dtype)
-
-
-def samples(inputs: Any, number: int) -> Iterator[Any]:
-    """Yield the samples of a batch, each a batch of one."""
-    for place in range(number):
-        yield take(inputs, [place])
-
-
-def take(inputs: Any, places: list[int]) -> Any:
-    """Return a batch of some samples of a batch."""
-    return tree_map(lambda value: value[places] if isinstance(value, Tensor) and value.dim() else value, inputs)
 
 
 def _layout(two: Tensor, equal: Tensor, three: Tensor) -> Layout | None:

@@ -22,7 +22,7 @@ from prunelab.criteria.base import sum_by_unit
 from prunelab.criteria.blocks import Block, KroneckerCriterion, damped_inverse
 from prunelab.curvature.collect import Statistics
 from prunelab.curvature.kronecker import Factors
-from prunelab.errors import BudgetError
+from prunelab.options import one_of
 from prunelab.tracing.groups import Member
 
 
@@ -48,9 +48,6 @@ class KronOBD(KroneckerCriterion):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_form(self.quadratic_form)
-
-    def __str__(self) -> str:
-        return "kron_obd"
 
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``."""
@@ -83,9 +80,6 @@ class KronOBS(KroneckerCriterion):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_form(self.quadratic_form)
-
-    def __str__(self) -> str:
-        return "kron_obs"
 
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``."""
@@ -121,11 +115,7 @@ class COBD(KroneckerCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.curvature not in ("moments", "kronecker"):
-            raise BudgetError(f"curvature={self.curvature!r} is not one of moments, kronecker.")
-
-    def __str__(self) -> str:
-        return "c_obd"
+        one_of("curvature", self.curvature, ("moments", "kronecker"))
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""
@@ -165,9 +155,6 @@ class COBS(KroneckerCriterion):
 
     damping: float = 1e-3
 
-    def __str__(self) -> str:
-        return "c_obs"
-
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``."""
         s, a = (damped_inverse(factor, self.damping).diagonal(dim1=1, dim2=2) for factor in (part.S, part.A))
@@ -179,5 +166,4 @@ def _published(part: Block) -> Tensor:
 
 
 def _check_form(form: str) -> None:
-    if form not in ("exact", "published"):
-        raise BudgetError(f"quadratic_form={form!r} is not one of exact, published.")
+    one_of("quadratic_form", form, ("exact", "published"))

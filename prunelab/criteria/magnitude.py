@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
+from prunelab.options import real
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -27,6 +28,10 @@ class Magnitude(GroupwiseCriterion):
     """
 
     p: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.p = real("p", self.p, above=0)
 
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the scores; ``batches`` are not looked at."""

@@ -15,7 +15,8 @@ from prunelab.curvature.collect import statistics_for
 from prunelab.curvature.fisher import check_fisher
 from prunelab.curvature.hvp import hessian_product
 from prunelab.curvature.statistics import Statistics
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
+from prunelab.options import whole
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -63,8 +64,8 @@ class OBD(GroupwiseCriterion):
         super().__post_init__()
         if self.fisher != "hessian":
             check_fisher(self.fisher)
-        if not isinstance(self.probes, int) or self.probes < 1:
-            raise BudgetError(f"probes={self.probes!r} is no positive whole number.")
+        self.probes = whole("probes", self.probes)
+        self.exact_below = whole("exact_below", self.exact_below, least=0)
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.

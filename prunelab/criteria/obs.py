@@ -29,7 +29,9 @@ from prunelab.criteria.dense import FISHERS, bowl, prune_weights, split
 from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, saliency
 from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.kronecker import Factors
-from prunelab.errors import BatchError, BudgetError
+from prunelab.curvature.taps import IN_FIRST
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import one_of
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
@@ -69,6 +71,8 @@ class OBS(KroneckerCriterion):
     Compression*, equation 3, for one matrix per layer; Wang et al. 2019, *EigenDamage*, section 4, for S ⊗ A.
     """
 
+    fishers = FISHERS
+
     curvature: str = "kronecker"
     damping: float = 1e-3
     factor: str = "channel"
@@ -77,10 +81,9 @@ class OBS(KroneckerCriterion):
         super().__post_init__()
         allowed = {"curvature": CURVATURES, "factor": ("channel", "full"), "fisher": FISHERS}
         for option, values in allowed.items():
-            if getattr(self, option) not in values:
-                raise BudgetError(f"{option}={getattr(self, option)!r} is not one of {', '.join(values)}.")
+            one_of(option, getattr(self, option), values)
         if self.fisher == "hessian" and self.curvature != "dense":
-            raise BudgetError('fisher="hessian" needs curvature="dense": the Hessian has no Kronecker factors.')
+            raise OptionError('fisher="hessian" needs curvature="dense": the Hessian has no Kronecker factors.')
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.
@@ -198,7 +201,7 @@ def _block(factors: Factors, member: Member, weight: Tensor) -> Block:
     owner = member.unit.to(weight.device).view(-1, *(1 for _ in weight.shape[member.dim + 1 :])).expand(weight.shape)
     values, unit = (_grouped(factors, tensor) for tensor in (weight.detach(), owner))
     S, A = (factor if factors.groups > 1 else factor[None] for factor in (factors.S, factors.A))
-    if (member.dim == 0) == (factors.kind == "conv_transpose"):
+    if (member.dim == 0) == (factors.kind in IN_FIRST):
         return Block(values.transpose(1, 2), A, S, unit[:, 0, :, 0], factors, True)
     return Block(values, S, A, unit[:, :, 0, 0], factors, False)
 

@@ -22,7 +22,7 @@ from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.collect import Statistics
 from prunelab.devices import exact
 from prunelab.errors import BatchError, PlanError
-from prunelab.isolation import copied, ordinary
+from prunelab.isolation import copied
 from prunelab.surgery.apply import Kept
 from prunelab.surgery.silence import Change, Changes
 from prunelab.surgery.weight_norm import folded, scaled_rows
@@ -104,19 +104,19 @@ def loss_changes(
     model = forget(copied(graph.model)).eval()
     parameters = dict(model.named_parameters())
     change = {name: torch.zeros(len(chosen), dtype=torch.float64) for name, chosen in units.items()}
-    seen = 0
+    seen = 0.0
     total = sum(map(len, units.values())) * len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(unit="unit", desc="oracle", total=total, disable=not progress, leave=False, delay=1)
-    for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "oracle"))):
-        replay = _Replay(model, graph, partial(mean_loss, model, inputs, targets, loss), cache)
+    for number, batch in enumerate(checked(model, batches, "oracle", loss)):
+        replay = _Replay(model, graph, partial(mean_loss, model, batch), cache)
         if not replay.base.isfinite():
             raise BatchError(f"The loss of batch {number} is {replay.base.item()}: check its inputs and targets.")
         for name, chosen in units.items():
             for place, unit in enumerate(chosen):
                 lost = replay.without(graph, groups[name], unit, parameters) - replay.base
-                change[name][place] += exact(lost).cpu() * len(targets)
+                change[name][place] += exact(lost).cpu() * batch.total
                 bar.update()
-        seen += len(targets)
+        seen += batch.total
     bar.close()
     return {name: summed / seen for name, summed in change.items()}
 

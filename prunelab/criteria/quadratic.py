@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from prunelab.batches import Batches, Loss, call
+from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.pieces import leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.curvature.unit_slopes import UnitSlopes
 from prunelab.devices import exact, raise_out_of_memory
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError
 from prunelab.isolation import evaluating, replaced
+from prunelab.options import one_of, whole
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -65,10 +66,9 @@ class Quadratic(Criterion):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
-            raise BudgetError(f"curvature={self.curvature!r} is not one of {', '.join(CURVATURES)}.")
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise BudgetError(f"chunk={self.chunk!r} is no positive whole number.")
+        super().__post_init__()
+        one_of("curvature", self.curvature, CURVATURES)
+        self.chunk = whole("chunk", self.chunk)
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.
@@ -93,32 +93,33 @@ class Quadratic(Criterion):
         given = batches.batches if isinstance(batches, Statistics) else batches
         total = {group.name: torch.zeros(2, group.size, dtype=torch.float64) for group in graph.groups}
         together: UnitSlopes | None = None
-        seen = 0
+        seen = 0.0
         bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
-        with evaluating(graph.model), bar:
-            for number, inputs, targets in pieces(graph.model, given, "quadratic"):
+        with no_checkpoints(graph.model, "quadratic"), evaluating(graph.model), bar:
+            part = "gauss_newton" if self.curvature == "ggn" else "exact"
+            for number, batch in pieces(graph.model, given, "quadratic", self.loss, part):
                 bar.total += sum(group.size for group in graph.groups)
                 if together is None:
-                    together = UnitSlopes(graph.model, graph.groups, inputs)
+                    together = UnitSlopes(graph.model, graph.groups, batch)
                     for parameter in graph.model.parameters():
                         parameter.requires_grad_(False)
-                for group, sums in self._sums(graph, together, inputs, targets, bar, check=not seen):
+                for group, sums in self._sums(graph, together, batch, bar):
                     if not bool(sums.isfinite().all()):
                         raise BatchError(
                             f"The derivatives in the units of `{group.name}` are not finite in batch {number}: "
                             "check its inputs."
                         )
                     total[group.name] += exact(sums).cpu()
-                seen += len(targets)
+                seen += batch.total
         return {name: (-first / seen, second / seen / 2) for name, (first, second) in total.items()}
 
     def _sums(
-        self, graph: DependencyGraph, together: UnitSlopes, inputs: Any, targets: Tensor, bar: tqdm, *, check: bool
+        self, graph: DependencyGraph, together: UnitSlopes, batch: Batch, bar: tqdm
     ) -> Iterator[tuple[Group, Tensor]]:
         """Yield ``∂L/∂s`` and the diagonal of ``∂²L/∂s²``, ``[2, size]``, summed over the samples, for every group."""
         known: dict[str, Tensor] = {}
         try:
-            found = together.sums(inputs, targets, self.loss, check=check) if together.groups else None
+            found = together.sums(batch) if together.groups else None
         except BatchError:  # the other way says what is wrong, or does without a convex loss
             found = None
         if found is None:
@@ -133,25 +134,23 @@ class Quadratic(Criterion):
                 continue
             part = "gauss_newton" if self.curvature == "ggn" else "functional" if group.name in known else "exact"
             with torch.enable_grad():
-                sums = self._group(graph.model, group, inputs, targets, part, bar, check=check)
+                sums = self._group(graph.model, group, batch, part, bar)
             if part == "functional":
                 sums[1] += known[group.name][1]
             yield group, sums
 
-    def _group(
-        self, model: nn.Module, group: Group, inputs: Any, targets: Tensor, part: str, bar: tqdm, *, check: bool
-    ) -> Tensor:
+    def _group(self, model: nn.Module, group: Group, batch: Batch, part: str, bar: tqdm) -> Tensor:
         """Return ``∂L/∂s`` and one part of the diagonal of ``∂²L/∂s²``, ``[2, size]``, one unit after the other."""
         parameters = dict(model.named_parameters())
         like = next(iter(parameters.values()))
         s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
         with twice_differentiable(), replaced(model, scaled(parameters, group, s)):
-            outputs = call(model, inputs)
+            outputs = batch.picked(call(model, batch.inputs))
         tensors = leaves(outputs)
-        ends, found = slopes(outputs, targets, self.loss, check=check)
+        ends, found = slopes(outputs, batch)
         values, backs = tensors, [slope.detach() for slope in found]
         if part == "exact":
-            values = [self.loss(outputs, targets) * len(targets)]
+            values = [batch.value(outputs) * batch.total]
             backs = [torch.ones_like(values[0])]
         (gradient,) = pulled(values, [s], backs, on=part != "gauss_newton")
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]

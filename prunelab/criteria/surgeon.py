@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prunelab.devices import exact
 from prunelab.errors import BudgetError
+from prunelab.options import real
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +49,9 @@ def damped(matrix: Tensor, damping: float = 0.0) -> Tensor:
     """Return ``H + damping · mean eigenvalue · I`` in float64, for symmetric matrices ``[…, n, n]``.
 
     Raises:
-        BudgetError: damping is negative.
+        OptionError: damping is negative.
     """
-    if not damping >= 0:
-        raise BudgetError(f"damping={damping!r} is no number of at least 0.")
+    damping = real("damping", damping, least=0)
     matrix = exact(matrix)
     matrix = (matrix + matrix.mT) / 2
     level = damping * matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)  # nothing at all costs nothing

@@ -48,10 +48,15 @@ class Taylor(GroupwiseCriterion):
 
     def _products(self, model: nn.Module, batches: Batches | None) -> dict[str, Tensor]:
         gradient = mean_gradient(model, batches, self.loss)
-        return {name: parameter.detach() * gradient[name] for name, parameter in model.named_parameters()}
+        return {name: _product(p.detach(), gradient[name]) for name, p in model.named_parameters() if name in gradient}
 
     def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
         """Return ``[size]``: ``Σ |w g|`` or ``|Σ w g|`` of every unit on one member."""
         if self.multivariable:
             return sum_by_unit(values[member.name], member, size).abs()
         return sum_by_unit(values[member.name].abs(), member, size)
+
+
+def _product(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``w g``; of complex numbers ``Re(w̄ g)``, which is what the loss loses with them."""
+    return (weight.conj() * gradient).real if weight.is_complex() else weight * gradient

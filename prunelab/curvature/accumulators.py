@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunelab.batches import Batch
 from prunelab.curvature import factor_sums, inputs, per_sample
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes
 from prunelab.curvature.moments import squared_sums
 from prunelab.curvature.per_sample import Part, as_float
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 from prunelab.curvature.vectorized import squared_sums_by_vmap
 from prunelab.tracing.trace import DependencyGraph
 
@@ -46,6 +47,7 @@ class Accumulator:
         kinds: of the calls whose output gradients it takes; none if it needs no backward pass.
         wants_inputs: whether it needs the inputs of calls together with their gradients.
         wants_slopes: whether it needs the gradients of the parameters.
+        weights: how much each sample of the batch counts, ``[samples]``; ``None`` where all count as one.
         sums: name -> sum over samples.
         meta: name -> plain values that say what the sums are of; the same for all batches.
     """
@@ -57,6 +59,7 @@ class Accumulator:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.model = setting, setting.model
         self.parameters = dict(setting.model.named_parameters())
+        self.weights: Tensor | None = None
         self.sums: Sums = {}
         self.meta: Meta = {}
 
@@ -72,15 +75,15 @@ class Accumulator:
     def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
         """Add what one column of the Fisher brings to a call: the gradient of its output, summed over samples."""
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         """Add what is left when a column has gone all the way back."""
 
     def slopes(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the parameters' gradients of the summed loss; only where ``wants_slopes``."""
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
-        """Return what the sums over so many samples mean."""
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:
+        """Return what the sums over so many samples mean; those that count less than one add up to less."""
         return {name: value / samples for name, value in sums.items()}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -102,7 +105,7 @@ class Gradient(Accumulator):
 class Moments(Accumulator):
     """``E[g_n²]`` by parameter name; parameters that nothing depends on have zeros."""
 
-    kinds = ("linear", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
+    kinds = ("linear", "matmul", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
     wants_inputs = True
 
     def __init__(self, setting: Setting) -> None:
@@ -119,11 +122,11 @@ class Moments(Accumulator):
         self._add_squares([part for part in parts if self.routes.uses[part.name] == 1])
         self.pending += [part for part in parts if self.routes.uses[part.name] > 1]
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         self._add_squares(self.pending)
         self.pending = []
         if self.routes.rest:
-            for name, value in squared_sums_by_vmap(self.model, self.routes.rest, inputs, column, samples).items():
+            for name, value in squared_sums_by_vmap(self.model, self.routes.rest, batch, column).items():
                 self.add(name, value)
 
     def _add_squares(self, parts: list[Part]) -> None:
@@ -142,18 +145,21 @@ class Kronecker(Accumulator):
             weight = self.parameters[call.weight]
             key = factor_sums.key(call, weight)
             self.meta.setdefault(key, factor_sums.description(call, weight, self.setting.factor))
-            for part, value in factor_sums.input_sums(call, weight, self.setting.factor).items():
+            found = factor_sums.input_sums(call, weight, self.setting.factor)
+            if self.weights is not None:
+                found = factor_sums.weighted(call, layout, weight, self.setting.factor, self.weights, found)
+            for part, value in found.items():
                 self.add(f"{part}:{key}", value)
 
     def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
         weight = self.parameters[call.weight]
         key = factor_sums.key(call, weight)
         self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient, weight))
-        rows = gradient.numel() // gradient.shape[-1 if call.kind == "linear" else 1]
+        rows = gradient.numel() // gradient.shape[-1 if call.kind in FLAT else 1]
         self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Factors]:
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Factors]:
         """Return the factors; with EKFAC's sums merged in, their moments and basis too."""
         found = {}
         for key, about in meta.items():
@@ -165,7 +171,7 @@ class Kronecker(Accumulator):
             if about["groups"] == 1:
                 values = {name: value[0] for name, value in values.items()}
             plain: Meta = {**about, "rows": slice(*about["rows"]), "kernel": tuple(about["kernel"]), **values}
-            found[key] = Factors(**plain, samples=samples, positions=positions)
+            found[key] = Factors(**plain, samples=round(samples), positions=positions)
         return found
 
 
@@ -188,7 +194,7 @@ class Ekfac(Accumulator):
             if self.routes.uses[call.weight] == 1:
                 self._add_squares()
 
-    def finish(self, inputs: Any, column: list[Tensor], samples: int) -> None:
+    def finish(self, batch: Batch, column: list[Tensor]) -> None:
         self._add_squares()
 
     def _add_squares(self) -> None:
@@ -214,7 +220,7 @@ class Inputs(Accumulator):
             self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
 
     @classmethod
-    def result(cls, sums: Sums, meta: Meta, samples: int) -> dict[str, Any]:
+    def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:
         """Return the moments by weight name."""
         return inputs.read(sums, meta)
 

@@ -21,7 +21,8 @@ from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.one_pass import model_of, one_pass, readable_again
 from prunelab.curvature.statistics import Statistics
 from prunelab.distributed import Sharded, agreed
-from prunelab.errors import BatchError, BudgetError
+from prunelab.errors import BatchError, OptionError
+from prunelab.options import one_of, shown, whole
 from prunelab.tracing.trace import DependencyGraph
 
 __all__ = ["Statistics", "collect", "statistics_for"]
@@ -47,8 +48,8 @@ def collect(
 
     Args:
         graph: of the model, or the model itself.
-        batches: pairs ``(inputs, targets [B, …])``; or ``distributed.Sharded``, a share of them in every process: each
-            measures its own, and all have the sums over all.
+        batches: pairs ``(inputs, targets)``, mappings with labels, or a ``Task``; or ``distributed.Sharded``, a share
+            of them in every process: each measures its own, and all have the sums over all.
         what: any of ``"grad"``, ``"moments"``, ``"kronecker"``, ``"ekfac"``, ``"inputs"``; see ``Statistics``.
         fisher: of which gradients the moments and factors are: ``"empirical"`` (labels as given), ``"mc"`` (labels
             sampled from the softmax) or ``"ggn"`` (exactly the generalised Gauss-Newton matrix).
@@ -63,7 +64,7 @@ def collect(
 
     Raises:
         BatchError: the batches do not fit the model, the loss is no mean over samples, or something is not finite.
-        BudgetError: an option is none of those above.
+        OptionError: an option is not one of those above.
 
     Example:
         >>> import torch
@@ -72,13 +73,15 @@ def collect(
         >>> found.moments["0.weight"].shape, found.kronecker["2.weight"].S.shape
         (torch.Size([4, 3]), torch.Size([2, 2]))
     """
+    if not isinstance(what, (str, Collection)):
+        raise OptionError(f"`what` must be names of statistics, of {', '.join(ACCUMULATORS)}, got {shown(what)}.")
     wanted = {what} if isinstance(what, str) else set(what)
     unknown = sorted(wanted - ACCUMULATORS.keys())
     if unknown or not wanted:
-        raise BudgetError(f"what={unknown} is not one of {', '.join(ACCUMULATORS)}.")
+        raise OptionError(f"what={unknown} is not one of {', '.join(ACCUMULATORS)}.")
     check_fisher(fisher)
-    if factor not in FACTORS:
-        raise BudgetError(f"factor={factor!r} is not one of {', '.join(FACTORS)}.")
+    one_of("factor", factor, FACTORS)
+    seed = whole("seed", seed, least=-(2**63), most=2**63 - 1)
     options: dict[str, Any] = {"fisher": fisher, "loss": loss, "seed": seed, "first": first}
     share = batches.batches if isinstance(batches, Sharded) else batches
     if isinstance(batches, Sharded) and fisher == "mc":

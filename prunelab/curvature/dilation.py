@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import Batches, Loss, call
+from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.curvature.pieces import check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import CONVOLUTIONS, Rewrite, twice_differentiable
 from prunelab.errors import PruneLabError
@@ -50,23 +50,23 @@ def pair_matrix(
         if name not in named:
             raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}.")
     like = named[names[0]] if names else torch.zeros(())
-    total, seen = torch.zeros(len(names), len(names), dtype=torch.float64), 0
+    total, seen = torch.zeros(len(names), len(names), dtype=torch.float64), 0.0
     with evaluating(model):
         for parameter in named.values():
             parameter.requires_grad_(False)
-        for number, inputs, targets in pieces(model, batches, "layer_pairs"):
+        for number, batch in pieces(model, batches, "layer_pairs", loss, part):
             with torch.enable_grad():
                 scales = [torch.ones((), dtype=like.dtype, device=like.device, requires_grad=True) for _ in names]
-                outputs = _run(model, named, dict(zip(names, scales, strict=True)), inputs)
-                total += _pairs(outputs, targets, loss, part, scales, check=not seen).cpu().double()
-            seen += len(targets)
+                outputs = _run(model, named, dict(zip(names, scales, strict=True)), batch)
+                total += _pairs(outputs, batch, part, scales).cpu().double()
+            seen += batch.total
             check_finite(names, list(total), number)
     return total / seen
 
 
-def _pairs(outputs: Any, targets: Tensor, loss: Loss, part: str, scales: list[Tensor], check: bool) -> Tensor:
+def _pairs(outputs: Any, batch: Batch, part: str, scales: list[Tensor]) -> Tensor:
     tensors = leaves(outputs)
-    ends, found = slopes(outputs, targets, loss, check=check)
+    ends, found = slopes(outputs, batch)
     if part == "gauss_newton":
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
         rows = [pulled([row], dummies, [torch.ones_like(row)]) for row in pulled(tensors, scales, dummies, on=True)]
@@ -74,7 +74,7 @@ def _pairs(outputs: Any, targets: Tensor, loss: Loss, part: str, scales: list[Te
         return _stacked(rows) @ _stacked(bent).T
     values, backs = tensors, [slope.detach() for slope in found]
     if part == "exact":
-        values = [loss(outputs, targets) * len(targets)]
+        values = [batch.value(outputs) * batch.total]
         backs = [torch.ones_like(values[0])]
     gradient = pulled(values, scales, backs, on=True)
     return torch.stack([torch.stack(pulled([row], scales, [torch.ones_like(row)])) for row in gradient])
@@ -84,12 +84,12 @@ def _stacked(rows: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.cat([value.flatten() for value in row]) for row in rows])
 
 
-def _run(model: nn.Module, named: Mapping[str, Tensor], scales: Mapping[str, Tensor], inputs: Any) -> Any:
+def _run(model: nn.Module, named: Mapping[str, Tensor], scales: Mapping[str, Tensor], batch: Batch) -> Any:
     """Return the outputs with every named parameter multiplied by its scale, which is one."""
     scaled = {name: named[name] * factor for name, factor in scales.items()}
     dilation = _Dilation({id(scaled[name]): (named[name], scales[name]) for name in scaled})
     with twice_differentiable(dilation), replaced(model, scaled):
-        return call(model, inputs)
+        return batch.picked(call(model, batch.inputs))
 
 
 class _Dilation(Rewrite):

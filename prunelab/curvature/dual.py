@@ -19,26 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
 
-from prunelab.batches import Loss, call
+from prunelab.batches import Batch, call
 from prunelab.curvature.dual_mode import Duals, pair
 from prunelab.curvature.pieces import finite, leaves, pulled, slopes
 from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
 from prunelab.isolation import replaced
 from prunelab.switches import dual_numbers, ignoring, plain_attention
+from prunelab.trees import tree_map
 
 
 def along(
     model: nn.Module,
     directions: Mapping[str, Tensor],
-    inputs: Any,
-    targets: Tensor,
-    loss: Loss,
+    batch: Batch,
     part: str,
-    *,
-    check: bool,
 ) -> list[Tensor] | None:
     """Return the curvature of the summed loss times one direction, over one piece of a batch.
 
@@ -48,11 +44,8 @@ def along(
     Args:
         model: whose parameters require gradients if they are named, and else do not.
         directions: parameter name -> a tensor like it.
-        inputs: of the model.
-        targets: ``[B, …]``.
-        loss: a mean over samples.
+        batch: the piece.
         part: one of ``PARTS``.
-        check: whether to check that the loss is a mean.
 
     Returns:
         A tensor for each direction; ``None`` where this way is not open, since an operator has no forward derivative,
@@ -62,10 +55,10 @@ def along(
     parameters = [named[name] for name in directions]
     try:
         with torch.enable_grad():
-            outputs, moved = _pushed(model, named, directions, inputs)
-            if _has_more_than_outputs(outputs, targets, loss):
+            outputs, moved = _pushed(model, named, directions, batch)
+            if _has_more_than_outputs(outputs, batch):
                 return None
-            ends, found = slopes(outputs, targets, loss, check=check)
+            ends, found = slopes(outputs, batch)
             values, backs = [], []
             if part != "functional":
                 values += leaves(outputs)
@@ -81,7 +74,7 @@ def along(
 
 
 def _pushed(
-    model: nn.Module, named: Mapping[str, Tensor], directions: Mapping[str, Tensor], inputs: Any
+    model: nn.Module, named: Mapping[str, Tensor], directions: Mapping[str, Tensor], batch: Batch
 ) -> tuple[Any, list[Tensor]]:
     """Return the outputs, and the derivative of each that depends on the parameters."""
     _first_dual()
@@ -90,7 +83,7 @@ def _pushed(
         known: dict[int, tuple[Tensor, Tensor | None]] = {id(value): (value, None) for value in named.values()}
         known |= {id(duals[name]): (named[name], value) for name, value in directions.items()}
         with plain_attention, Duals(known), replaced(model, duals):
-            outputs = call(model, inputs)
+            outputs = batch.picked(call(model, batch.inputs))
         plain = tree_map(lambda leaf: pair(leaf)[0] if isinstance(leaf, Tensor) else leaf, outputs)
         moved = [pair(leaf)[1] for leaf in leaves(outputs)]
     if any(value is None for value in moved):
@@ -105,7 +98,7 @@ def _first_dual() -> None:
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-def _has_more_than_outputs(outputs: Any, targets: Tensor, loss: Loss) -> bool:
+def _has_more_than_outputs(outputs: Any, batch: Batch) -> bool:
     """Return whether the loss depends on the parameters in other ways than through the outputs."""
     fixed = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
-    return loss(fixed, targets).requires_grad
+    return batch.value(fixed).requires_grad

@@ -9,18 +9,20 @@ Flows in: a tiny model and batches.  Flows out: ``[n, n]`` matrices.  Notebooks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from prunelab.batches import Batches, Loss, call, checked, mean_loss
+from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.fisher import sampled_labels
+from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.errors import BatchError, BudgetError, PruneLabError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.isolation import evaluating
+from prunelab.losses import counted
 from prunelab.switches import plain_attention, undisturbed
+from prunelab.trees import tree_flatten, tree_unflatten
 
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
@@ -62,13 +64,13 @@ def hessian(
             [4., 2.]])
     """
 
-    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
-        value = mean_loss(model, inputs, targets, loss)
+    def rows(parameters: list[Tensor], batch: Batch) -> Tensor:
+        value = mean_loss(model, batch)
         return jacobian(
             flat(torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)), parameters
         )
 
-    return _mean(model, batches, names, max_parameters, rows)
+    return _mean(model, batches, loss, names, max_parameters, rows)
 
 
 def ggn(
@@ -85,20 +87,22 @@ def ggn(
     sample and output.
     """
 
-    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
+    def rows(parameters: list[Tensor], batch: Batch) -> Tensor:
         total: Tensor | int = 0
-        for x, y in samples(inputs, targets):
-            outputs = call(model, x)
-            if not isinstance(outputs, Tensor):
-                raise BatchError(f"The Gauss-Newton matrix needs one tensor as output, not {type(outputs).__name__}.")
-            leaf = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(loss(leaf, y), leaf, create_graph=True)
-            bend = jacobian(slope.flatten(), [leaf])
-            jacobian_n = jacobian(outputs.flatten(), parameters)
-            total = total + jacobian_n.T @ bend @ jacobian_n
-        return torch.as_tensor(total) / len(targets)
+        for one in counting(batch):
+            outputs = one.run(model)
+            leaves, structure = tree_flatten(outputs)
+            reached = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            cut = [leaf.detach().requires_grad_() if on else leaf for leaf, on in zip(leaves, reached, strict=True)]
+            ends = [leaf for leaf, on in zip(cut, reached, strict=True) if on]
+            value = one.summed(tree_unflatten(cut, structure)) / one.total
+            slope = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True)
+            bend = jacobian(flat(slope), ends)
+            jacobian_n = jacobian(flat([leaf for leaf, on in zip(leaves, reached, strict=True) if on]), parameters)
+            total = total + one.total * (jacobian_n.T @ bend @ jacobian_n)
+        return torch.as_tensor(total) / batch.total
 
-    return _mean(model, batches, names, max_parameters, rows)
+    return _mean(model, batches, loss, names, max_parameters, rows, "gauss_newton")
 
 
 def fisher(
@@ -133,27 +137,29 @@ def fisher(
         raise BudgetError(f"kind={kind!r} is not one of {', '.join(FISHERS)}.")
     seen = 0
 
-    def rows(parameters: list[Tensor], inputs: Any, targets: Tensor) -> Tensor:
+    def rows(parameters: list[Tensor], batch: Batch) -> Tensor:
         nonlocal seen
         total: Tensor | int = 0
-        for x, y in samples(inputs, targets):
-            outputs = call(model, x)
+        for place, one in enumerate(batch.singles()):
+            if not one.total > 0:
+                continue
+            outputs, y = one.run(model), one.targets
             labels, weights = [y], [1.0]
             if kind == "mc":
-                labels = [sampled_labels(outputs, y, seed, seen)]
+                labels = [torch.where(counted(one.loss, y), sampled_labels(outputs, y, seed, seen + place), y)]
             elif kind == "exact":
-                if outputs.dim() != 2 or y.is_floating_point():
+                if not isinstance(outputs, Tensor) or outputs.dim() != 2 or y.is_floating_point():
                     raise BatchError(f'kind="exact" needs outputs [B, classes] and labels, not {list(outputs.shape)}.')
                 weights = outputs.detach().softmax(1)[0].tolist()
                 labels = [torch.full_like(y, label) for label in range(len(weights))]
             for label, weight in zip(labels, weights, strict=True):
-                value = loss(outputs, label)
+                value = one.relabelled(label).value(outputs)
                 g = flat(torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True))
-                total = total + weight * g[:, None] * g
-            seen += 1
-        return torch.as_tensor(total) / len(targets)
+                total = total + one.total * weight * g[:, None] * g
+        seen += batch.size
+        return torch.as_tensor(total) / batch.total
 
-    return _mean(model, batches, names, max_parameters, rows)
+    return _mean(model, batches, loss, names, max_parameters, rows)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -171,22 +177,20 @@ def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return rows
 
 
-def samples(inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the samples of a batch, each a batch of one."""
-    for place in range(len(targets)):
-        yield tree_map(
-            lambda leaf, n=place: leaf[n : n + 1] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-            (inputs, targets),
-        )
+def counting(batch: Batch) -> Iterator[Batch]:
+    """Yield the samples that count in the loss, each a batch of one."""
+    return (one for one in batch.singles() if one.total > 0)
 
 
 @undisturbed()
 def _mean(
     model: nn.Module,
     batches: Batches | None,
+    loss: Loss,
     names: Names,
     limit: int,
-    rows: Callable[[list[Tensor], Any, Tensor], Tensor],
+    rows: Callable[[list[Tensor], Batch], Tensor],
+    part: str = "exact",
 ) -> Tensor:
     """Return the mean over samples of a matrix that ``rows`` gives for each batch."""
     named = dict(model.named_parameters())
@@ -201,12 +205,18 @@ def _mean(
             "Name fewer with names=, raise max_parameters=, or use products (prunelab.curvature.hvp)."
         )
     total: Tensor | int = 0
-    seen = 0
-    with evaluating(model), torch.enable_grad(), plain_attention:
-        for batch, (inputs, targets) in enumerate(ordinary(checked(model, batches, "an exact matrix"))):
-            matrix = rows([named[name] for name in chosen], inputs, targets).detach()
+    seen = 0.0
+    with no_checkpoints(model, "an exact matrix"), evaluating(model), torch.enable_grad(), plain_attention:
+        for number, batch in enumerate(checked(model, batches, "an exact matrix", loss)):
+            if part != "exact":
+                batch.opened("an exact matrix")
+            check_own(model, batch)
+            if not batch.own or batch.recipe is not None:
+                check_apart(model, batch.apart("an exact matrix"))
+                check_mean(batch.run(model), batch)
+            matrix = rows([named[name] for name in chosen], batch).detach()
             if not bool(matrix.isfinite().all()):
-                raise BatchError(f"The matrix is not finite in batch {batch}: check its inputs.")
-            total = total + matrix * len(targets)
-            seen += len(targets)
+                raise BatchError(f"The matrix is not finite in batch {number}: check its inputs.")
+            total = total + matrix * batch.total
+            seen += batch.total
     return torch.as_tensor(total) / seen

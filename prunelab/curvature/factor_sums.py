@@ -7,7 +7,7 @@ made. No patches and no weight gradients are computed (only ``factor="full"`` ne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +19,17 @@ from prunelab.curvature.layout import Layout
 from prunelab.curvature.patches import coverage, patches
 from prunelab.curvature.per_sample import Part, as_float, conv_part, linear_part
 from prunelab.curvature.products import ranges
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 
 FACTORS = ("channel", "full")
-KINDS = ("linear", "conv", "conv_transpose")
+KINDS = ("linear", "matmul", "conv", "conv_transpose")
 
 
 def key(call: LayerCall, weight: Tensor) -> str:
-    """Return the name under which the factors of a call are kept: its weight, and its rows if they are not all."""
+    """Return the name under which the factors of a call are kept: its weight, and its rows if not all; or ``.T``."""
     rows = call.rows
+    if call.other:
+        return f"{call.weight}.T"
     return call.weight if rows == slice(0, len(weight)) else f"{call.weight}[{rows.start}:{rows.stop}]"
 
 
@@ -48,7 +50,7 @@ def input_sums(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Tensor
     """Return the sums over all inputs of a call: ``A [groups, n, n]``, ``mean [groups, n]``, ``positions []``."""
     kernel, x = weight.shape[2:], as_float(call.input)
     assert call.output is not None
-    if call.kind == "linear":
+    if call.kind in FLAT:
         rows = x.reshape(-1, x.shape[-1])
         return {"A": gram(rows)[None], "mean": rows.sum(0)[None], "positions": _number(len(rows))}
     places = call.output.shape[2:]
@@ -64,10 +66,35 @@ def input_sums(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Tensor
     return {"A": a, "mean": mean, "positions": _number(count * math.prod(kernel))}
 
 
+def weighted(
+    call: LayerCall, layout: Layout, weight: Tensor, factor: str, weights: Tensor, plain: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what ``input_sums`` does, with each sample counting ``weights [samples]`` times.
+
+    Args:
+        call: of the layer.
+        layout: where its samples are.
+        weight: its parameter.
+        factor: ``"channel"`` or ``"full"``.
+        weights: what each sample counts.
+        plain: the sums without weights.
+    """
+
+    def scaled(by: Tensor) -> dict[str, Tensor]:
+        split = call.input.unflatten(layout.dim, (layout.before, -1, layout.after))
+        shape = [1] * split.dim()
+        shape[layout.dim + 1] = len(by)
+        rows = (split * by.to(split).view(shape)).flatten(layout.dim, layout.dim + 2)
+        return input_sums(replace(call, input=rows), weight, factor)
+
+    positions = plain["positions"] * float(weights.double().mean() if weights.device.type != "mps" else weights.mean())
+    return {"A": scaled(weights.sqrt())["A"], "mean": scaled(weights)["mean"], "positions": positions}
+
+
 def gradient_sums(call: LayerCall, gradient: Tensor, weight: Tensor) -> Tensor:
     """Return ``Σ g gᵀ`` over all samples and positions, ``[groups, out / groups, out / groups]``."""
     g = as_float(gradient)
-    if call.kind == "linear":
+    if call.kind in FLAT:
         rows = g.reshape(-1, g.shape[-1])
         return gram(rows)[None]
     if call.kind == "conv":
@@ -143,8 +170,9 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
     q_a, q_s = (q if factors.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
     a, g = as_float(layout.by_sample(call.input)), as_float(layout.by_sample(gradient))
     turn = False
-    if call.kind == "linear":
-        part = linear_part(call, a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g))
+    if call.kind in FLAT:
+        turned = a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g)
+        part = linear_part(call, *(turned if call.kind == "linear" else turned[::-1]))
     elif factors.factor == "full":
         turn = g[0].numel() > g.shape[2] * basis.Q_S.shape[-1]
         part = conv_part(call, a, _rotated(g, q_s), weight.shape, basis=None if turn else q_a)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.isolation import evaluating
 from prunelab.switches import undisturbed
 
 
@@ -32,19 +33,28 @@ def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cros
     Raises:
         BatchError: the batches do not fit the model, or a gradient is not finite.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() or parameter.is_complex()
+    }
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    seen = 0
+    seen = 0.0
     with evaluating(model):
-        for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "the gradient"))):
-            with torch.enable_grad():
-                value = mean_loss(model, inputs, targets, loss)
+        for number, batch in enumerate(checked(model, batches, "the gradient", loss)):
+            with no_checkpoints(model, "the gradient"), torch.enable_grad():
+                value = mean_loss(model, batch)
+                if not value.requires_grad:
+                    raise BatchError(
+                        f"The loss of batch {number} has no gradient: it must be computed from the model's outputs by "
+                        "differentiable operations, not from numbers or detached tensors."
+                    )
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is None:
                     continue
                 if not gradient.isfinite().all():
                     raise BatchError(f"The gradient of `{name}` is not finite in batch {number}: check its inputs.")
-                total[name] += gradient * len(targets)
-            seen += len(targets)
+                total[name] += gradient * batch.total
+            seen += batch.total
     return {name: value / seen for name, value in total.items()}

@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batches import Batches, Loss, call
+from prunelab.batches import Batch, Batches, Loss
+from prunelab.curvature.checkpoints import no_checkpoints
 from prunelab.curvature.dual import along
 from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.twice import twice_differentiable
 from prunelab.devices import raise_out_of_memory
-from prunelab.errors import BudgetError, PruneLabError
+from prunelab.errors import PruneLabError
 from prunelab.isolation import evaluating
+from prunelab.options import whole
 from prunelab.switches import undisturbed
 
 __all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
@@ -104,31 +106,30 @@ def product(
     """Return the product with one of ``PARTS``; see ``hessian_product``.
 
     Raises:
-        BudgetError: there is no such part, or ``chunk`` is no positive number.
+        OptionError: there is no such part, or ``chunk`` is not a positive integer.
     """
     check_part(part)
-    if not isinstance(chunk, int) or chunk < 1:
-        raise BudgetError(f"chunk={chunk!r} is no positive whole number.")
+    chunk = whole("chunk", chunk)
     directions, batched = _directions(model, vectors)
     total = [torch.zeros_like(value) for value in directions]
-    seen, dual = 0, len(directions[0]) == 1
-    with evaluating(model):
+    seen, dual = 0.0, len(directions[0]) == 1
+    with no_checkpoints(model, "a curvature product"), evaluating(model):
         named = dict(model.named_parameters())
         parameters: list[Tensor] = [named[name] for name in vectors]
         for parameter in named.values():
             parameter.requires_grad_(any(parameter is chosen for chosen in parameters))
-        for number, inputs, targets in pieces(model, batches, "a curvature product"):
+        for number, batch in pieces(model, batches, "a curvature product", loss, part):
             found: list[Tensor] | None = None
             if dual:
                 moves = {name: value[0] for name, value in zip(vectors, directions, strict=True)}
-                found = along(model, moves, inputs, targets, loss, part, check=not seen)
+                found = along(model, moves, batch, part)
                 dual = found is not None
             if found is not None:
                 for sums, value in zip(total, found, strict=True):
                     sums[0] += value
             else:
-                _add(total, model, parameters, directions, inputs, targets, loss, part, chunk, check=not seen)
-            seen += len(targets)
+                _add(total, model, parameters, directions, batch, part, chunk)
+            seen += batch.total
             check_finite(vectors, total, number)
     return {
         name: value.div_(seen) if batched else value[0].div_(seen) for name, value in zip(vectors, total, strict=True)
@@ -157,31 +158,25 @@ def _add(
     model: nn.Module,
     parameters: list[Tensor],
     directions: list[Tensor],
-    inputs: Any,
-    targets: Tensor,
-    loss: Loss,
+    batch: Batch,
     part: str,
     chunk: int,
-    *,
-    check: bool,
 ) -> None:
     """Add the products of one piece, by double backward."""
     with torch.enable_grad():
         with twice_differentiable():
-            outputs = call(model, inputs)
-        multiply = _multiplier(outputs, targets, loss, part, parameters, check=check)
+            outputs = batch.run(model)
+        multiply = _multiplier(outputs, batch, part, parameters)
         del outputs  # what the multiplier does not need goes
     for place, found in _each_direction(multiply, directions, chunk):
         for sums, value in zip(total, found, strict=True):
             sums[place] += value.detach()
 
 
-def _multiplier(
-    outputs: Any, targets: Tensor, loss: Loss, part: str, parameters: list[Tensor], check: bool
-) -> Multiply:
+def _multiplier(outputs: Any, batch: Batch, part: str, parameters: list[Tensor]) -> Multiply:
     """Return the product of one batch's summed curvature with directions."""
     tensors = leaves(outputs)
-    ends, found = slopes(outputs, targets, loss, check=check)
+    ends, found = slopes(outputs, batch)
     if part == "gauss_newton":
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
         back = pulled(tensors, parameters, dummies, on=True)
@@ -193,7 +188,7 @@ def _multiplier(
         return gauss_newton
     values, backs = tensors, [slope.detach() for slope in found]
     if part == "exact":
-        values = [loss(outputs, targets) * len(targets)]
+        values = [batch.value(outputs) * batch.total]
         backs = [torch.ones_like(values[0])]
     gradient = pulled(values, parameters, backs, on=True)
     return lambda v, last: pulled(gradient, parameters, v, last=last)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prunelab.curvature.patches import coverage, patches
 from prunelab.curvature.per_sample import as_float
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, IN_FIRST, LayerCall
 from prunelab.devices import exact_on
 from prunelab.tracing.axes import factors_of, is_frozen
 from prunelab.tracing.trace import DependencyGraph
@@ -52,7 +52,7 @@ class InputMoment:
     Attributes:
         weight: qualified name of the parameter.
         rows: which rows of it: a fused projection may be used slice by slice.
-        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
+        kind: ``"linear"``, ``"matmul"``, ``"conv"`` or ``"conv_transpose"``.
         groups: of the convolution; each has a moment of its own.
         over: ``"patches"``: n counts channels × kernel positions, in the order of ``matrix``; ``"channels"``: n counts
             channels, and a pixel enters once per patch and kernel position that sees it.
@@ -108,7 +108,7 @@ def describe(call: LayerCall, weight: Tensor, taps: int = 1, memory: int = MEMOR
     """
     about: dict[str, Any] = {name: getattr(call, name) for name in ("weight", "kind", "groups", "bias")}
     width = matrix(call, weight).shape[-1]
-    taps = taps if call.kind == "linear" else math.prod(weight.shape[2:])
+    taps = taps if call.kind in FLAT else math.prod(weight.shape[2:])
     taps = 1 if call.kind == "conv_transpose" else taps
     over = "channels" if taps > 1 and call.groups * (width + 1) ** 2 * 8 > memory else "patches"
     padded = any(call.padding) or call.kind == "conv_transpose"
@@ -151,7 +151,7 @@ def consumers(graph: DependencyGraph) -> dict[str, int]:
 def matrix(layer: Layer, weight: Tensor) -> Tensor:
     """Return the rows of a weight that a call used as a matrix, ``[groups, out / groups, n]``."""
     weight = weight[layer.rows]
-    if layer.kind == "conv_transpose":
+    if layer.kind in IN_FIRST:
         grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
         return grouped.flip(list(range(3, grouped.dim()))).flatten(2)
     return weight.unflatten(0, (layer.groups, -1)).flatten(2)
@@ -159,7 +159,7 @@ def matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 def like_weight(layer: Layer, values: Tensor, weight: Tensor) -> Tensor:
     """Return a matrix ``[groups, out / groups, n]`` in the shape of the rows of the weight: undo ``matrix``."""
-    if layer.kind != "conv_transpose":
+    if layer.kind not in IN_FIRST:
         return values.reshape(weight[layer.rows].shape)
     grouped = values.unflatten(-1, (-1, *weight.shape[2:]))
     return grouped.flip(list(range(3, grouped.dim()))).transpose(1, 2).flatten(0, 1)
@@ -173,7 +173,7 @@ def columns(call: LayerCall, weight: Tensor, keep: Tensor | None = None) -> Iter
     """
     x = as_float(call.input)
     one = x.new_ones(1)
-    if call.kind == "linear":
+    if call.kind in FLAT:
         rows = x.reshape(-1, x.shape[-1])
         for chunk in rows.split(_chunk(x, rows.shape[1])):
             yield (chunk if keep is None else chunk.index_select(1, keep)).mT[None], one
@@ -194,7 +194,7 @@ def channels(call: LayerCall, weight: Tensor, taps: int = 1) -> Iterator[tuple[T
     Each pixel counts once per patch and kernel position that sees it: it is multiplied by the root of that number.
     """
     x, root = as_float(call.input), torch.ones(())
-    if call.kind == "linear":
+    if call.kind in FLAT:
         x = x.reshape(-1, x.shape[-1] // taps, taps)
     else:
         assert call.output is not None

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunelab.curvature.taps import IN_FIRST
 from prunelab.devices import exact, raise_out_of_memory
 
 
@@ -48,12 +49,12 @@ class Factors:
     Attributes:
         weight: qualified name of the parameter.
         rows: which rows (dimension 0) of it; all, unless the model uses it slice by slice.
-        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
+        kind: ``"linear"``, ``"matmul"`` (the weight is ``[in, out]``), ``"conv"`` or ``"conv_transpose"``.
         A: second moment of the inputs, ``[in, in]``; ``[in · K, in · K]`` with ``factor="full"``.
         S: second moment of the gradients of the outputs, ``[out, out]``.
         mean: ``[in]``, the mean input: the column of A that belongs to a bias, whose last entry is 1; of channel
             factors the mean over kernel positions.
-        kernel: size of the kernel; ``()`` for ``"linear"``.
+        kernel: size of the kernel; ``()`` for ``"linear"`` and ``"matmul"``.
         groups: of the convolution.
         factor: ``"channel"`` or ``"full"``; for linear layers they are the same.
         bias: name of the bias, if there is one.
@@ -113,7 +114,7 @@ class Factors:
     def split(self, rows: Tensor) -> Tensor:
         """Return what ``matrices`` returns, from the rows alone."""
         split = rows.unflatten(0, (self.groups, -1))
-        if self.kind == "conv_transpose":
+        if self.kind in IN_FIRST:
             split = split.transpose(1, 2)
         if self.factor == "full":
             split = split.flatten(2)
@@ -124,7 +125,7 @@ class Factors:
         split = matrices[None] if self.groups == 1 else matrices
         if self.factor == "full":
             split = split.unflatten(2, (-1, *self.kernel))
-        if self.kind == "conv_transpose":
+        if self.kind in IN_FIRST:
             split = split.transpose(1, 2)
         return split.flatten(0, 1)
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from prunelab.batches import call as run
+from prunelab.batches import Batch, batch_of
 from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 from prunelab.errors import BatchError
+from prunelab.trees import tree_leaves
 
 PROBES = 3
 
@@ -107,18 +107,21 @@ def leaves(outputs: Any, samples: int) -> list[Tensor]:
     return found
 
 
-def routes(model: nn.Module, inputs: Any) -> Routes:
+def routes(model: nn.Module, batch: Any) -> Routes:
     """Send three samples through the model and tell where each sample's gradients are.
 
     The model is expected in eval mode with parameters that require gradients.  Cost: one forward and one backward pass
     over three samples, two where a weight that is zero hides something.
 
+    Args:
+        model: the network.
+        batch: a batch, or the inputs of one.
+
     Raises:
         BatchError: the model cannot take the inputs.
     """
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    which = torch.arange(PROBES, device=tensors[0].device) % len(tensors[0]) if tensors else None
-    probe = tree_map(lambda leaf: leaf[which] if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
+    batch = batch if isinstance(batch, Batch) else batch_of(batch)
+    probe = batch.take([place % batch.size for place in range(PROBES)])
     calls, gradients, reached = _look(model, probe, AffineTaps(model, cut=True))
     layouts = [_layout(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
     unclear = [
@@ -149,12 +152,12 @@ class _Shaken(AffineTaps):
 
 
 def _look(
-    model: nn.Module, probe: Any, taps: AffineTaps
+    model: nn.Module, probe: Batch, taps: AffineTaps
 ) -> tuple[list[LayerCall], list[Tensor | None], frozenset[str]]:
     """Return the calls, the gradients of their outputs from sample 1, and the parameters that these also reach."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.enable_grad(), taps:
-        outputs = [leaf for leaf in leaves(run(model, probe), PROBES) if leaf.requires_grad]
+        outputs = [leaf for leaf in leaves(probe.run(model, check=False), PROBES) if leaf.requires_grad]
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.zeros_like(output) for output in outputs]
     for seed in seeds:
@@ -189,7 +192,7 @@ def _layout(call: LayerCall, gradient: Tensor | None) -> Layout | None:
 
 def _candidates(call: LayerCall, output: Tensor) -> Iterator[Layout]:
     dims: Iterable[int] = range(1)
-    if call.kind in ("linear", "embedding"):
+    if call.kind in (*FLAT, "embedding"):
         dims = range(output.dim() - 1)
     elif call.kind == "last_norm":
         dims = range(output.dim() - len(call.plain.keywords["normalized_shape"]))

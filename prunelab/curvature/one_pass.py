@@ -6,27 +6,32 @@ Flows in: a model, batches and accumulators.  Flows out: ``Statistics``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_map
 
-from prunelab.batches import Batches, Loss, call, checked
+from prunelab.batches import Batch, Batches, Loss, checked
 from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting
 from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.fisher import check_mean, columns
+from prunelab.curvature.checkpoints import no_checkpoints
+from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.kronecker import Factors
 from prunelab.curvature.layout import Layout, Routes, routes
+from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.curvature.pieces import finite
 from prunelab.curvature.statistics import Statistics
 from prunelab.curvature.taps import LayerCall
 from prunelab.curvature.vectorized import floating
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating, ordinary
+from prunelab.isolation import evaluating
+from prunelab.options import module as a_module
+from prunelab.task import Task
 from prunelab.tracing.trace import DependencyGraph
+from prunelab.trees import tree_map
 
 T = TypeVar("T")
 
@@ -44,31 +49,39 @@ def one_pass(
     first: int,
 ) -> Statistics:
     """Return the statistics of one pass; see ``collect``."""
-    model, seen = model_of(graph), 0
+    model, seen, total = model_of(graph), 0, 0.0
+    wanted = any(ACCUMULATORS[name].kinds or ACCUMULATORS[name].wants_slopes for name in what)
     accumulators: list[Accumulator] = []
     ways: Routes | None = None
-    with evaluating(model):
-        for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, "collect"))):
-            if len(targets) == 0:
-                raise BatchError(f"Batch {number} is empty.")
-            inputs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
+    with no_checkpoints(model, "collect"), evaluating(model):
+        for number, batch in enumerate(checked(model, batches, "collect", loss if wanted else None)):
+            cut = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch.inputs)
+            batch = replace(batch, inputs=cut)
             if number == 0:
+                if wanted and batch.problem is None:
+                    check_apart(model, batch)
                 backward = any(ACCUMULATORS[name].kinds for name in what)
-                ways = _routes(model, inputs) if backward else None
+                ways = _routes(model, batch.apart("collect")) if backward else None
                 setting = Setting(graph, model, ways, factor, basis)
                 accumulators = [ACCUMULATORS[name](setting) for name in sorted(what)]
-            tape = _Tape(model, accumulators, ways, len(targets))
+            if wanted:
+                check_own(model, batch)
+            if fisher != "empirical" and ways is not None:
+                batch.opened(f"fisher={fisher!r}")
+            for accumulator in accumulators:
+                accumulator.weights = batch.weights if wanted else None
+            tape = _Tape(model, accumulators, ways, batch)
             try:
-                outputs = tape.forward(inputs)
-                if number == 0:
-                    check_mean(outputs, targets, loss)
-                tape.backward(inputs, outputs, targets, loss, fisher, seed, first + seen)
+                outputs = tape.forward()
+                if wanted and (ways is not None or batch.problem is None):
+                    check_mean(outputs, batch if ways is None else batch.apart("collect"))
+                tape.backward(outputs, fisher, seed, first + seen)
             finally:
                 tape.clear()
             sums = [value for accumulator in accumulators for value in accumulator.sums.values()]
             if not _all_finite([*sums, *floating(outputs)]):
-                raise _not_finite(model, inputs, targets, loss, number)
-            seen += len(targets)
+                raise _not_finite(model, batch, number)
+            seen, total = seen + batch.size, total + batch.total
     return Statistics(
         seen,
         fisher,
@@ -78,6 +91,8 @@ def one_pass(
         if "ekfac" in what
         else {},
         batches if readable_again(batches) else None,
+        total,
+        loss,
     )
 
 
@@ -89,8 +104,8 @@ class _Tape:
     autograd has a reason to pass, so autograd is asked for the gradients of the first layers, wanted or not.
     """
 
-    def __init__(self, model: nn.Module, accumulators: list[Accumulator], ways: Routes | None, samples: int) -> None:
-        self.model, self.ways, self.samples = model, ways, samples
+    def __init__(self, model: nn.Module, accumulators: list[Accumulator], ways: Routes | None, batch: Batch) -> None:
+        self.model, self.ways, self.batch, self.samples = model, ways, batch, batch.size
         self.accumulators = accumulators
         self.squaring = [accumulator for accumulator in accumulators if accumulator.kinds]
         self.sloping = [accumulator for accumulator in accumulators if accumulator.wants_slopes]
@@ -100,9 +115,9 @@ class _Tape:
         self.passes: list[GradientEdge] = []
         self.listening, self.last = False, True
 
-    def forward(self, inputs: Any) -> Any:
+    def forward(self) -> Any:
         with torch.enable_grad(), AffineTaps(self.model, after=self._ran, keep=False, cut=not self.sloping):
-            return call(self.model, inputs)
+            return self.batch.run(self.model)
 
     def _ran(self, call: LayerCall) -> None:
         place, self.count = self.count, self.count + 1
@@ -137,15 +152,16 @@ class _Tape:
         if self.last:
             del self.calls[place]
 
-    def backward(
-        self, inputs: Any, outputs: Any, targets: Tensor, loss: Loss, fisher: str, seed: int, first: int
-    ) -> None:
+    def backward(self, outputs: Any, fisher: str, seed: int, first: int) -> None:
         """Send every column of the Fisher back once, and the slope of the loss if it is none of them."""
+        if not self.sloping and not self.squaring:
+            return
         parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         leaves = floating(outputs)
-        together = bool(self.sloping and self.squaring and fisher == "empirical")
+        alike = self.batch.weights is None  # else slopes count c_n, and columns √c_n
+        together = bool(self.sloping and self.squaring and fisher == "empirical" and alike)
         if self.sloping and not together:
-            (slope,) = columns(outputs, targets, loss, "empirical", seed, first)
+            slope = slopes(outputs, self.batch)
             self._slopes(parameters, _pull(leaves, slope, list(parameters.values()), bool(self.squaring)))
         rest = [] if self.ways is None else [parameters[name] for name in self.ways.rest]
         ways = [*self.passes, *rest] if self.ends or self.passes else list(parameters.values())
@@ -153,7 +169,7 @@ class _Tape:
         if not self.squaring:
             return
         self.listening, sent = True, False
-        for column, last in _with_last(columns(outputs, targets, loss, fisher, seed, first)):
+        for column, last in _with_last(columns(outputs, self.batch, fisher, seed, first)):
             self.last, sent = last, True
             found = _pull(leaves, column, ends, not last)
             for place, gradient in zip(self.ends, found, strict=False):
@@ -163,7 +179,7 @@ class _Tape:
                 self._slopes(parameters, found[len(self.ends) :])
             with torch.no_grad():
                 for accumulator in self.squaring:
-                    accumulator.finish(inputs, column, self.samples)
+                    accumulator.finish(self.batch, column)
         for missed, _ in self.calls.values() if sent else ():  # a loss without any curvature sends nothing back
             raise BatchError(
                 f"No gradient arrived at the layer of `{missed.weight}`, though one did in a probe of some samples: "
@@ -189,20 +205,20 @@ def _pull(leaves: list[Tensor], column: list[Tensor], ends: list[Any], keep: boo
     return list(torch.autograd.grad(roots, ends, backs, retain_graph=keep, allow_unused=True))
 
 
-def _routes(model: nn.Module, inputs: Any) -> Routes:
+def _routes(model: nn.Module, batch: Batch) -> Routes:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise BatchError(
                 f"`{name}` normalises over the batch (track_running_stats=False), so that no sample has a gradient of "
                 'its own: only "grad" can be collected.'
             )
-    return routes(model, inputs)
+    return routes(model, batch)
 
 
-def _not_finite(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, number: int) -> BatchError:
+def _not_finite(model: nn.Module, batch: Batch, number: int) -> BatchError:
     """Return the error that names the first layer with a number that is not finite: go through the batch once more."""
     with torch.enable_grad(), AffineTaps(model, cut=True) as taps:
-        outputs = call(model, inputs)
+        outputs = batch.run(model)
     for seen in taps.calls:
         for value, what in ((seen.input, "input"), (seen.output, "output")):
             if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
@@ -210,7 +226,7 @@ def _not_finite(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss, numb
                     f"The {what} of the layer of `{seen.weight}` is not finite in batch {number}: check the batch's "
                     "inputs and the weights up to there."
                 )
-    (slope,) = columns(outputs, targets, loss, "empirical", 0, 0)
+    slope = slopes(outputs, batch)
     ends = [(seen.weight, seen.edge) for seen in reversed(taps.calls) if seen.edge is not None]
     found = _pull(floating(outputs), slope, [edge for _, edge in ends], False)
     for (name, _), gradient in zip(ends, found, strict=True):
@@ -251,10 +267,15 @@ def _vectors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
 
 
 def model_of(graph: DependencyGraph | nn.Module) -> nn.Module:
-    """Return the model of a graph, or the model that was given in its place."""
-    return graph if isinstance(graph, nn.Module) else graph.model
+    """Return the model of a graph, or the model that was given in its place.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    return a_module("graph", graph.model if isinstance(graph, DependencyGraph) else graph)
 
 
 def readable_again(batches: Batches | None) -> bool:
     """Return whether batches can be read more than once."""
+    batches = batches.batches if isinstance(batches, Task) else batches
     return batches is not None and iter(batches) is not batches

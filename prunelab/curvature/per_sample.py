@@ -19,7 +19,7 @@ from torch import Tensor
 from prunelab.curvature.layout import Layout
 from prunelab.curvature.patches import patches
 from prunelab.curvature.products import Stack, squared_products
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.taps import FLAT, LayerCall
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> 
     g = layout.by_sample(gradient)
     if call.kind == "linear":
         yield linear_part(call, layout.by_sample(call.input).flatten(1, -2), g.flatten(1, -2))
+    elif call.kind == "matmul":  # the transpose of that
+        yield linear_part(call, g.flatten(1, -2), layout.by_sample(call.input).flatten(1, -2))
     elif call.kind in ("conv", "conv_transpose"):
         yield conv_part(call, layout.by_sample(call.input), g, weight.shape)
     elif call.kind == "embedding":
@@ -153,7 +155,7 @@ def _times_plain(call: LayerCall, layout: Layout, gradients: Tensor) -> Callable
 
 def _place(call: LayerCall, weight: Tensor, gradients: Tensor) -> tuple[int, ...]:
     """Return the shape in which the call's bias, or its norm's weight, stands against its output."""
-    if call.kind == "linear":
+    if call.kind in FLAT:
         return (gradients.shape[-1],)
     if call.kind == "last_norm":
         return tuple(weight.shape)

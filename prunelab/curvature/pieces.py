@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from prunelab.batches import Batches, Loss, checked
-from prunelab.curvature.fisher import check_mean
-from prunelab.devices import raise_out_of_memory
-from prunelab.errors import BatchError, BudgetError
-from prunelab.isolation import ordinary
+from prunelab.batches import Batch, Batches, Loss, checked
+from prunelab.curvature.mean_check import check_apart, check_mean, check_own
+from prunelab.errors import BatchError, OptionError
+from prunelab.trees import tree_flatten, tree_unflatten
 
 PARTS = ("exact", "functional", "gauss_newton")
 """H, and the two parts that it is the sum of."""
@@ -26,10 +24,10 @@ def check_part(part: str) -> None:
     """Check the name of a part.
 
     Raises:
-        BudgetError: there is no such part.
+        OptionError: there is no such part.
     """
     if part not in PARTS:
-        raise BudgetError(f"part={part!r} is not one of {', '.join(PARTS)}.")
+        raise OptionError(f"part={part!r} is not one of {', '.join(PARTS)}.")
 
 
 def finite(value: Tensor) -> bool:
@@ -48,17 +46,28 @@ def check_finite(names: Any, values: list[Tensor], number: int) -> None:
             raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
 
 
-def pieces(model: nn.Module, batches: Batches | None, what: str) -> Iterator[tuple[int, Any, Tensor]]:
+def pieces(
+    model: nn.Module, batches: Batches | None, what: str, loss: Loss, part: str = "exact"
+) -> Iterator[tuple[int, Batch]]:
     """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
 
     Raises:
         BatchError: the batches do not fit the model.
     """
-    for number, (inputs, targets) in enumerate(ordinary(checked(model, batches, what))):
-        middle = (len(targets) + 1) // 2
-        for part in (slice(0, middle), slice(middle, None)):
-            if part.start == 0 or len(targets[part]):
-                yield number, *tree_map(lambda leaf, part=part: _rows(leaf, part), (inputs, targets))
+    for number, batch in enumerate(checked(model, batches, what, loss)):
+        if part != "exact":
+            batch.opened(f'{what} with "{part}"')
+        check_own(model, batch)
+        if batch.own and batch.recipe is None:
+            yield number, batch  # the model alone knows what this loss is of a half
+            continue
+        batch.apart(what)
+        if number == 0:
+            check_apart(model, batch)
+        middle = (batch.size + 1) // 2
+        for half in (batch.take(slice(0, middle)), batch.take(slice(middle, None))):
+            if half.size and half.total > 0:
+                yield number, half
 
 
 def leaves(outputs: Any) -> list[Tensor]:
@@ -66,14 +75,12 @@ def leaves(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[list[Tensor], list[Tensor]]:
+def slopes(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the outputs, cut off from the model, and the slopes of the summed loss in them, on a graph of their own.
 
     Args:
         outputs: of the model.
-        targets: ``[B, …]``.
-        loss: a mean over samples.
-        check: whether to check that it is one.
+        batch: whose they are.
 
     Raises:
         BatchError: the loss cannot take the outputs, or is no mean.
@@ -82,15 +89,10 @@ def slopes(outputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[l
     cut = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in flat]
     ends = [new for new, old in zip(cut, flat, strict=True) if isinstance(old, Tensor) and old.requires_grad]
     again = tree_unflatten(cut, structure)
-    try:
-        if check:
-            check_mean(again, targets, loss)
-        value = loss(again, targets) * len(targets)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise_out_of_memory(error)
-        raise BatchError(f"The loss cannot take the model's outputs with these targets: {error}") from error
-    found = torch.autograd.grad(value, ends, create_graph=True, materialize_grads=True) if ends else []
-    return ends, list(found)
+    check_mean(again, batch)
+    if not ends:
+        return ends, []
+    return ends, list(torch.autograd.grad(batch.summed(again), ends, create_graph=True, materialize_grads=True))
 
 
 def pulled(
@@ -111,7 +113,3 @@ def pulled(
     used, backs = zip(*pairs, strict=True)
     keep = on or not last
     return list(torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=on, materialize_grads=True))
-
-
-def _rows(leaf: Any, part: slice) -> Any:
-    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() else leaf

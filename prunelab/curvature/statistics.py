@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunelab.batches import Batches
+from prunelab.batches import Batches, Loss
 from prunelab.curvature.accumulators import ACCUMULATORS
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError
@@ -34,6 +34,8 @@ class Statistics:
         meta: what -> name -> plain values that say what the sum is of.
         fixed: the eigenvectors that the EKFAC moments refer to.
         batches: what they were collected from, if that can be read again.
+        total: what the samples count together, where some count less or more than one (ignored labels).
+        loss: of which they are, as long as the batches are known.
     """
 
     samples: int
@@ -42,6 +44,13 @@ class Statistics:
     meta: Nested = field(default_factory=dict)
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     batches: Batches | None = None
+    total: float | None = None
+    loss: Loss | None = None
+
+    @property
+    def weight(self) -> float:
+        """What all samples count together; their number where each counts as one."""
+        return self.samples if self.total is None else self.total
 
     @property
     def what(self) -> frozenset[str]:
@@ -97,7 +106,7 @@ class Statistics:
             raise BatchError(
                 f"These statistics hold {', '.join(sorted(self.what))}, not {what!r}: collect(…, what={{{what!r}, …}})."
             )
-        return ACCUMULATORS[what].result(dict(self.sums[what]), dict(self.meta.get(what, {})), self.samples)
+        return ACCUMULATORS[what].result(dict(self.sums[what]), dict(self.meta.get(what, {})), self.weight)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics over the samples of both.
@@ -111,7 +120,8 @@ class Statistics:
         _same_basis(self.fixed, other.fixed)
         meta = {what: _joined(self.meta.get(what, {}), other.meta.get(what, {})) for what in self.sums}
         sums = {what: _added(self.sums[what], other.sums[what]) for what in self.sums}
-        return Statistics(self.samples + other.samples, self.fisher, sums, meta, self.fixed)
+        total = self.weight + other.weight
+        return Statistics(self.samples + other.samples, self.fisher, sums, meta, self.fixed, total=total)
 
     def __or__(self, other: Statistics) -> Statistics:
         """Return both kinds of statistics of the same samples: the second pass of EKFAC beside the first.
@@ -131,6 +141,8 @@ class Statistics:
             {**self.meta, **other.meta},
             {**self.fixed, **other.fixed},
             self.batches,
+            self.total,
+            self.loss,
         )
 
     def to(self, device: torch.device | str) -> Statistics:
@@ -146,6 +158,7 @@ class Statistics:
             "sums": {what: dict(named) for what, named in self.sums.items()},
             "meta": {what: dict(named) for what, named in self.meta.items()},
             "fixed": dict(self.fixed),
+            "total": self.weight,
         }
 
     @classmethod
@@ -156,7 +169,8 @@ class Statistics:
             BatchError: it is something else.
         """
         try:
-            return cls(**{name: state[name] for name in ("samples", "fisher", "sums", "meta", "fixed")})
+            named = {name: state[name] for name in ("samples", "fisher", "sums", "meta", "fixed")}
+            return cls(**named, total=state.get("total"))
         except (KeyError, TypeError) as error:
             raise BatchError(f"This is no state of prunelab's statistics: {error} is missing.") from error
 
@@ -174,6 +188,7 @@ class Statistics:
             "shapes": {w: {name: (v.shape, v.dtype) for name, v in named.items()} for w, named in self.sums.items()},
             "meta": {what: dict(named) for what, named in self.meta.items()},
             "samples": self.samples,
+            "total": self.weight,
             "fixed": {name: value.cpu() for name, value in self.fixed.items()},
         }
         everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -197,7 +212,8 @@ class Statistics:
         meta: dict[str, Mapping[str, Any]] = {}
         for other in everyone:
             meta = {what: _joined(meta.get(what, {}), named) for what, named in other["meta"].items()}
-        return replace(self, samples=sum(other["samples"] for other in everyone), sums=sums, meta=meta, batches=None)
+        samples, total = (sum(other[name] for other in everyone) for name in ("samples", "total"))
+        return replace(self, samples=samples, sums=sums, meta=meta, batches=None, total=total)
 
 
 def _added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:

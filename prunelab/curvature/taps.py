@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from prunelab.tracing.calls import unwatched
+from prunelab.tracing.calls import is_quiet, unwatched
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -34,6 +35,23 @@ LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     F.conv_transpose3d: ("conv_transpose", _TRANSPOSED),
 }
 
+# Products with a matrix, which are linear layers written by hand: function -> where input, weight and bias stand.
+PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
+    torch.matmul: (0, 1, None),
+    torch.mm: (0, 1, None),
+    Tensor.matmul: (0, 1, None),
+    Tensor.__matmul__: (0, 1, None),
+    Tensor.mm: (0, 1, None),
+    torch.addmm: (1, 2, 0),
+    Tensor.addmm: (1, 2, 0),
+}
+
+FLAT = ("linear", "matmul")
+"""The kinds whose channels are the last dimension of input and output."""
+
+IN_FIRST = ("conv_transpose", "matmul")
+"""The kinds whose weight has its inputs in dimension 0 and its outputs in dimension 1."""
+
 
 @dataclass(eq=False)
 class LayerCall:
@@ -43,16 +61,18 @@ class LayerCall:
         weight: qualified name of the parameter; the first one if it is tied.
         rows: which rows (dimension 0) of that parameter this call used; all, unless it took a slice.
         bias: name of the bias, if there is one and it is a parameter.
-        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
+        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``; or ``"matmul"``, a linear layer whose weight is
+            ``[in, out]``.
         input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
         output: what it gave; ``None`` as long as the call has not run.
-        stride: one number per spatial dimension; empty for ``"linear"``.
+        stride: one number per spatial dimension; empty for ``"linear"`` and ``"matmul"``.
         padding: the same, as are ``dilation`` and ``output_padding``.
         groups: of the convolution.
         bias_rows: which entries of the bias were used.
         plain: of a norm (see ``AffineTaps``), the norm without weight and bias; for an embedding, its options.
         edge: where the gradient of ``output`` is found, also if the model changed ``output`` in place afterwards:
             ``torch.autograd.grad(loss, [call.edge])``.  ``None`` when the output needs no gradient.
+        other: whether this weight was used before in the other direction, as tied weights are.
     """
 
     weight: str
@@ -69,6 +89,7 @@ class LayerCall:
     bias_rows: slice = field(default_factory=lambda: slice(0, 0))
     edge: GradientEdge | None = None
     plain: Any = None
+    other: bool = False
 
 
 class Taps(TorchFunctionMode):
@@ -110,14 +131,19 @@ class Taps(TorchFunctionMode):
         self.tensors = list(named.values())  # an id means its tensor only as long as that lives
         self.before, self.after, self.keep, self.cut = before, after, keep, cut
         self.calls: list[LayerCall] = []
+        self.kinds: dict[str, str] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_quiet():  # silencing makes a call again, without what was removed
+            return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             with self:  # a handler runs without its mode; this function's own layers are to be seen
                 return _attention(*args, **kwargs)
+        if func in PRODUCTS and not kwargs:
+            return self._product(func, args)
         if func not in LAYERS:
             return func(*args, **kwargs)
         kind, names = LAYERS[func]
@@ -125,12 +151,41 @@ class Taps(TorchFunctionMode):
         call = self._call(kind, given)
         if call is None:
             return func(*args, **kwargs)
+        return self._watched(call, func, given)
+
+    def _product(self, func: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Run a product, and record it if it is one of an input with a parameter."""
+        at_input, at_weight, at_bias = PRODUCTS[func]
+        bias = None if at_bias is None else args[at_bias]
+        x, weight = args[at_input], args[at_weight]
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or x.dim() < 2 or id(x) in self.names:
+            return func(*args)
+        if bias is not None and (not isinstance(bias, Tensor) or bias.dim() != 1):
+            return func(*args)
+        name = self.names.get(id(weight))
+        if name is None or weight.dim() != 2:
+            return func(*args)
+        call = LayerCall(name, slice(0, len(weight)), None, "matmul", x)
+        self._with_bias(call, bias)
+
+        def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return func(input, weight) if bias is None else func(bias, input, weight)
+
+        return self._watched(call, run, {"input": x, "weight": weight, "bias": bias})
+
+    def _with_bias(self, call: LayerCall, bias: Tensor | None) -> None:
+        place = None if bias is None else self._place(bias)
+        call.bias, call.bias_rows = place if place else (None, slice(0, 0))
+
+    def _watched(self, call: LayerCall, func: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """Run a recorded call, with what is to be done before and after it."""
+        call.other = self.kinds.setdefault(call.weight, call.kind) != call.kind
         if self.keep:
             self.calls.append(call)
         with unwatched():
             replaced = self.before(call) if self.before else None
         call.input = call.input if replaced is None else replaced
-        if kind != "linear":
+        if call.kind not in FLAT:
             given["padding"] = call.padding
         return self._run(call, func, {**given, "input": call.input})
 
@@ -141,7 +196,7 @@ class Taps(TorchFunctionMode):
                 given["bias"] = given["bias"].detach()
         output = func(**given)
         call.output = output
-        call.edge = get_gradient_edge(output) if output.requires_grad else None
+        call.edge = get_gradient_edge(output) if output.requires_grad and torch.is_grad_enabled() else None
         with unwatched():
             replaced = self.after(call) if self.after else None
         return output if replaced is None else replaced
@@ -151,10 +206,9 @@ class Taps(TorchFunctionMode):
         if found is None:
             return None
         name, rows = found
-        place = None if given.get("bias") is None else self._place(given["bias"])
-        bias, bias_rows = place if place else (None, slice(0, 0))
-        call = LayerCall(name, rows, bias, kind, given["input"], bias_rows=bias_rows)
-        if kind == "linear":
+        call = LayerCall(name, rows, None, kind, given["input"])
+        self._with_bias(call, given.get("bias"))
+        if kind in FLAT:
             return call
         space = given["weight"].dim() - 2
         if call.input.dim() != space + 2:  # one image without a batch dimension

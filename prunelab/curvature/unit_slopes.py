@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from prunelab.batches import Loss, call
+from prunelab.batches import Batch
 from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.fisher import check_mean, columns
+from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.layout import Layout, Routes, routes
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.mean_check import check_mean
+from prunelab.curvature.taps import FLAT, LayerCall
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
 
-LAYERS = ("linear", "conv", "conv_transpose")
+LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 NORMS = ("channel_norm", "last_norm")
 
 
@@ -61,16 +62,16 @@ class UnitSlopes:
     Args:
         model: the network, in eval mode, with gradients for all its parameters.
         groups: of its graph.
-        inputs: of one batch, to see how parameters are used.
+        batch: one batch, or its inputs, to see how parameters are used.
 
     Attributes:
         groups: those of the given groups that go this way.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], inputs: Any) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], batch: Any) -> None:
         self.model, self.copies = model, False
         self.parameters = dict(model.named_parameters())
-        self.ways = _ways(model, inputs)
+        self.ways = _ways(model, batch)
         kinds: dict[str, set[str]] = {}
         for weight, bias, kind in self.ways.calls if self.ways else ():
             kinds.setdefault(weight, set()).add(kind)
@@ -97,7 +98,7 @@ class UnitSlopes:
         known = self.ways is not None and all(name in kinds and name not in self.ways.rest for name in names)
         return used and known and len(set(names)) == len(names)
 
-    def sums(self, inputs: Any, targets: Tensor, loss: Loss, *, check: bool) -> tuple[Tensor, Tensor] | None:
+    def sums(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Return ``Σ_n ∂ℓ_n/∂s`` and ``Σ_n j_nᵀ Λ_n j_n``, each ``[units]``, of one batch.
 
         ``None`` where the outputs are not one tensor, or hold more numbers for each sample than there are units.  Cost:
@@ -106,21 +107,19 @@ class UnitSlopes:
         Raises:
             BatchError: the model cannot take the inputs, or the loss the outputs; it is no mean or not convex.
         """
-        outputs, terms = self._forward(inputs, len(targets))
-        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != len(targets):
+        outputs, terms = self._forward(batch)
+        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != batch.size:
             return None
         if outputs.numel() > self.size * len(outputs):
             return None
-        if check:
-            check_mean(outputs, targets, loss)
-        (slope,) = columns(outputs, targets, loss, "empirical", 0, 0)
-        first = self._slopes(outputs, slope, terms).sum(0)
+        check_mean(outputs, batch)
+        first = self._slopes(outputs, slopes(outputs, batch), terms).sum(0)
         second = torch.zeros_like(first)
-        for column in columns(outputs, targets, loss, "ggn", 0, 0):
+        for column in columns(outputs, batch, "ggn", 0, 0, "curvature"):
             second += self._slopes(outputs, column, terms).square_().sum(0)
         return first, second
 
-    def _forward(self, inputs: Any, samples: int) -> tuple[Any, list[Term]]:
+    def _forward(self, batch: Batch) -> tuple[Any, list[Term]]:
         terms: list[Term] = []
         place = 0
 
@@ -134,7 +133,7 @@ class UnitSlopes:
         def after(call: LayerCall) -> Tensor | None:
             nonlocal place
             assert self.ways is not None
-            layout = self.ways.layout(place, call, samples)
+            layout = self.ways.layout(place, call, batch.size)
             place += 1
             if layout is None or call.edge is None:
                 return None
@@ -143,22 +142,20 @@ class UnitSlopes:
             return call.output.clone() if self.copies and found and call.output is not None else None
 
         with torch.enable_grad(), AffineTaps(self.model, before, after, keep=False, cut=True):
-            outputs = call(self.model, inputs)
+            outputs = batch.run(self.model)
         if any(term.values._version != term.version for term in terms):
             self.copies = True  # what a layer gave was changed in place
-            return self._forward(inputs, samples)
+            return self._forward(batch)
         return outputs, terms
 
     def _terms(self, call: LayerCall, layout: Layout) -> Iterator[Term]:
         weight, output = self.parameters[call.weight], call.output
         assert output is not None and call.edge is not None
-        channels = output.shape[-1] if call.kind in ("linear", "embedding") else output.shape[1]
+        channels = output.shape[-1] if call.kind in (*FLAT, "embedding") else output.shape[1]
         if call.kind == "last_norm" or call.kind == "broadcast":
             shape = tuple(weight.shape)
         else:
-            shape = (
-                (channels, *(1 for _ in output.shape[2:])) if call.kind not in ("linear", "embedding") else (channels,)
-            )
+            shape = (channels, *(1 for _ in output.shape[2:])) if call.kind not in (*FLAT, "embedding") else (channels,)
         bias = None if call.bias is None else self.parameters[call.bias].detach()[call.bias_rows]
         if call.bias in self.members and bias is not None:
             spread = bias.view(shape).expand_as(output)
@@ -168,10 +165,11 @@ class UnitSlopes:
         if dims - {inner}:
             values = output.detach() if bias is None else output.detach() - bias.view(shape)
             repeats = call.groups if call.kind == "conv_transpose" else 1
-            yield Term(call.weight, call.edge, values, shape, layout, outer, call.rows, repeats, values._version)
+            rows = slice(None) if outer else call.rows
+            yield Term(call.weight, call.edge, values, shape, layout, outer, rows, repeats, values._version)
         if inner in dims:
-            edge, width = get_gradient_edge(call.input), call.input.shape[-1 if call.kind == "linear" else 1]
-            shape = (width,) if call.kind == "linear" else (width, *(1 for _ in output.shape[2:]))
+            edge, width = get_gradient_edge(call.input), call.input.shape[-1 if call.kind in FLAT else 1]
+            shape = (width,) if call.kind in FLAT else (width, *(1 for _ in output.shape[2:]))
             repeats = call.groups if call.kind == "conv" else 1
             rows = slice(None) if inner else call.rows
             values = call.input.detach()
@@ -214,16 +212,16 @@ def _by_sample(values: Tensor, term: Term) -> Tensor:
 
 def _input_dim(call: LayerCall) -> int | None:
     """Return the dimension of a layer's weight that its input runs along."""
-    return {"linear": 1, "conv": 1, "conv_transpose": 0}.get(call.kind)
+    return {"linear": 1, "conv": 1, "conv_transpose": 0, "matmul": 0}.get(call.kind)
 
 
 def _output_dim(call: LayerCall) -> int | None:
     """Return the dimension of a weight that its output runs along; ``None``: all of them, in their order."""
-    return {"linear": 0, "conv": 0, "conv_transpose": 1, "embedding": 1}.get(call.kind)
+    return {"linear": 0, "conv": 0, "conv_transpose": 1, "matmul": 1, "embedding": 1}.get(call.kind)
 
 
-def _ways(model: nn.Module, inputs: Any) -> Routes | None:
+def _ways(model: nn.Module, batch: Any) -> Routes | None:
     try:
-        return routes(model, inputs)
+        return routes(model, batch)
     except BatchError:
         return None  # the other way says what is wrong, if anything is

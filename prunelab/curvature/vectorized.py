@@ -10,19 +10,20 @@ Flows in: a model, parameter names, a batch and what is sent back from the outpu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from prunelab.batches import Batch, batch_of
 from prunelab.curvature.per_sample import as_float
 from prunelab.devices import raise_out_of_memory
 from prunelab.errors import BatchError
 from prunelab.isolation import replaced
 from prunelab.switches import ignoring, plain_attention
+from prunelab.trees import tree_flatten, tree_leaves, tree_unflatten
 
 CHUNK = 32
 """Samples at a time, as long as their gradients hold no more than ``NUMBERS`` numbers."""
@@ -36,7 +37,7 @@ def floating(outputs: Any) -> list[Tensor]:
 
 
 def squared_sums_by_vmap(
-    model: nn.Module, names: Collection[str], inputs: Any, column: list[Tensor], samples: int
+    model: nn.Module, names: Collection[str], batch: Any, column: list[Tensor], samples: int | None = None
 ) -> dict[str, Tensor]:
     """Return ``Σ_n g_n²`` of some parameters, from vectorised gradients of single samples.
 
@@ -46,66 +47,78 @@ def squared_sums_by_vmap(
     Args:
         model: the network, in eval mode.
         names: of the parameters.
-        inputs: of the model.
+        batch: a batch, or the inputs of one.
         column: what is sent back from every floating output, ``[samples, …]``.
-        samples: how many samples.
+        samples: how many samples; by default those of the batch.
 
     Raises:
         BatchError: an output that the loss depends on has no row for each sample.
     """
+    batch = batch if isinstance(batch, Batch) else batch_of(batch)
+    samples = batch.size if samples is None else samples
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name].detach() for name in sorted(names)}
     rows = [place for place, value in enumerate(column) if value.dim() and len(value) == samples]
     for place, value in enumerate(column):
         if place not in rows and bool(value.any()):
             raise BatchError(f"Output {place}, of shape {list(value.shape)}, has no row for each of {samples} samples.")
-    leaves, structure = tree_flatten(inputs)
-    batched = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves, structure = tree_flatten(batch.inputs)
+    dims = batch.places[0]
+    batched = [] if isinstance(dims, str) else [place for place, dim in enumerate(dims) if dim is not None]
 
     def outputs_of(values: dict[str, Tensor], filled: list[Any]) -> list[Tensor]:
         x = tree_unflatten(filled, structure)
-        args, kwargs = ((), x) if isinstance(x, dict) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
+        args, kwargs = ((), x) if isinstance(x, Mapping) else (tuple(x) if isinstance(x, (tuple, list)) else (x,), {})
         with replaced(model, values):
-            return floating(model(*args, **kwargs))
+            return floating(batch.picked(model(*args, **dict(kwargs))))
 
     def product(values: dict[str, Tensor], given: list[Tensor], back: list[Tensor]) -> Tensor:
         filled = list(leaves)
         for place, leaf in zip(batched, given, strict=True):
-            filled[place] = leaf[None]
+            filled[place] = leaf.unsqueeze(dims[place])
         found = outputs_of(values, filled)
         return torch.stack([(found[place][0] * v).sum() for place, v in zip(rows, back, strict=True)]).sum()
 
-    many = vmap(grad(product), in_dims=(None, 0, 0))
+    many = vmap(grad(product), in_dims=(None, [dims[place] for place in batched], 0))
 
     def together(step: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, samples, step):
             n = slice(start, start + step)
-            yield many(chosen, [leaves[place][n] for place in batched], [column[place][n] for place in rows])
-
-    def one_by_one() -> Iterator[dict[str, Tensor]]:
-        """Go through autograd alone, which takes any model: also one that writes to its buffers."""
-        for n in range(samples):
-            own = {name: value.clone().requires_grad_() for name, value in chosen.items()}
-            with torch.enable_grad():
-                value = product(own, [leaves[place][n] for place in batched], [column[place][n] for place in rows])
-                found: Any = [torch.zeros_like(part) for part in own.values()]
-                if value.requires_grad:
-                    found = torch.autograd.grad(value, list(own.values()), materialize_grads=True)
-            yield {name: part.detach()[None] for name, part in zip(own, found, strict=True)}
+            given = [leaves[place].narrow(dims[place], start, min(step, samples - start)) for place in batched]
+            yield many(chosen, given, [column[place][n] for place in rows])
 
     step = max(1, min(CHUNK, NUMBERS // max(1, sum(value.numel() for value in chosen.values()))))
     with torch.no_grad(), plain_attention:
-        try:
-            with ignoring("There is a performance drop because we have not yet implemented the batching"):
-                return _squares(together(step) if step > 1 else one_by_one(), chosen)
-        except (RuntimeError, ValueError) as error:
-            raise_out_of_memory(error)
-            warnings.warn(
-                f"torch.func.vmap cannot take {type(model).__name__}, so that the gradients of {', '.join(chosen)} are "
-                f"computed one sample after the other: {error}",
-                stacklevel=2,
-            )
-            return _squares(one_by_one(), chosen)
+        if batched and step > 1:
+            try:
+                with ignoring("There is a performance drop because we have not yet implemented the batching"):
+                    return _squares(together(step), chosen)
+            except (RuntimeError, NotImplementedError, ValueError, BatchError) as error:
+                raise_out_of_memory(error)
+                warnings.warn(
+                    f"torch.func.vmap cannot take {type(model).__name__}, so that the gradients of "
+                    f"{', '.join(chosen)} are computed one sample after the other: {error}",
+                    stacklevel=2,
+                )
+        return _squares(_one_by_one(model, list(chosen), batch, column, rows), chosen)
+
+
+def _one_by_one(
+    model: nn.Module, names: list[str], batch: Batch, column: list[Tensor], rows: list[int]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the gradients of one sample after the other, by ordinary backward passes, which any model can take."""
+    parameters = dict(model.named_parameters())
+    ends = [parameters[name] for name in names]
+    for number, one in enumerate(batch.singles()):
+        with torch.enable_grad():
+            found = floating(one.run(model, check=False))
+            pairs = [(found[place], column[place][number : number + 1]) for place in rows]
+            pairs = [(value, back) for value, back in pairs if value.requires_grad]
+            if not pairs:
+                continue
+            roots, backs = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(roots, ends, backs, materialize_grads=True)
+        yield {name: value[None] for name, value in zip(names, gradients, strict=True)}
 
 
 def _squares(chunks: Iterator[dict[str, Tensor]], like: dict[str, Tensor]) -> dict[str, Tensor]:

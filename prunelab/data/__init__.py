@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from prunelab import options
 from prunelab.data.cifar import MANIFEST, cifar10, cifar100, root
 from prunelab.data.files import ANNOTATIONS, folder, imagenet, tiny_imagenet
 from prunelab.data.sets import CIFAR10, FileSet, Images, ImageSet, Spec, TrainTest, loader, store
@@ -79,7 +80,7 @@ def get(name: str | Path) -> TrainTest:
         return tiny_imagenet()
     if name == "imagenet":
         return imagenet()
-    path = Path(name)
+    path = options.path("name", name)
     if not path.is_dir():
         raise DataError(f"There is no data set or folder {str(name)!r}; the names are {', '.join(NAMES)}.")
     if (path / MANIFEST).is_file() or (path / "cifar-10-batches-py").is_dir():

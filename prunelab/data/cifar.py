@@ -18,6 +18,7 @@ from torchvision import datasets
 
 from prunelab.data.sets import CIFAR10, ImageSet, Spec, TrainTest, store
 from prunelab.errors import DataError
+from prunelab.options import path
 
 MANIFEST = "manifest.json"
 CIFAR100 = Spec((), size=32, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -63,6 +64,7 @@ def cifar10(source: str | Path = "mini") -> CifarSplits:
 
     Source: Krizhevsky 2009, *Learning Multiple Layers of Features from Tiny Images*.
     """
+    path("source", source)
     if source == "mini":
         return _read_sheets(root() / "cifar10-mini")
     if source == "full":

@@ -22,6 +22,7 @@ from prunelab.factorization.factorized import Factorized, Narrowed, build
 from prunelab.factorization.ranks import Layer, choose
 from prunelab.factorization.sites import Positions, Site, find, uses
 from prunelab.isolation import copied
+from prunelab.options import flag, one_of, real
 from prunelab.sparsity.masks import mask_of, parameters_of
 from prunelab.surgery.modules import free
 from prunelab.switches import undisturbed
@@ -53,7 +54,7 @@ def factorize(
     Args:
         model: the model that was scored, or one with the same layers.
         scores: from ``EigenDamage``.
-        flops: share of the FLOPs that is kept, in (0, 1); or
+        flops: share of the FLOPs that is kept, in (0, 1], of which 1 changes nothing; or
         params: share of the parameters that is kept.  Exactly one of the two.
         per: weigh the damage of ranks against the ``"flops"`` or ``"params"`` that they cost (``"auto"``: as the budget
             is given); or keep all rows and columns above one threshold, whatever they cost (``"unit"``, as published).
@@ -66,7 +67,8 @@ def factorize(
         are at most the budget, within 1 % of it where ranks allow; a warning otherwise.
 
     Raises:
-        BudgetError: an option is out of its range, no or two budgets are given, or the budget cannot be met.
+        OptionError: an option is out of its range or of another type.
+        BudgetError: no or two budgets are given, or the budget cannot be met.
         PlanError: the scores are not EigenDamage's or do not fit the model; the model has masks; or ``ignore`` names
             something unknown.
 
@@ -85,8 +87,8 @@ def factorize(
     with undisturbed():
         _refuse_masks(model)
         kind, share = _budget(flops, params)
-        if per not in ("auto", "flops", "params", "unit"):
-            raise BudgetError(f"per={per!r} is not one of auto, flops, params, unit.")
+        one_of("per", per, ("auto", "flops", "params", "unit"))
+        train_rotations, inplace = flag("train_rotations", train_rotations), flag("inplace", inplace)
         if not isinstance(scores, EigenScores):
             name = scores.criterion if isinstance(scores, Scores) else type(scores).__name__
             raise PlanError(f"factorize needs the scores of pl.criteria.EigenDamage(); these are of `{name}`.")
@@ -96,11 +98,12 @@ def factorize(
         layers = [_layer(site, scores.layers[name], used[name], whole, kind, per) for name, site in sites.items()]
         rest = 1 - sum(layer.pick(0).cost for layer in layers)
         asked = f"{kind}={share}"
-        choices = choose(layers, share - rest, by_price=per != "unit", slack=TOLERANCE * share, asked=asked)
+        by_price, slack = per != "unit", TOLERANCE * share
+        choices = {} if share == 1 else choose(layers, share - rest, by_price=by_price, slack=slack, asked=asked)
         narrowed = [
             Narrowed(name, site.shape, choices[name].inward, choices[name].outward)
             for name, site in sites.items()
-            if choices[name].inward or choices[name].outward
+            if name in choices and (choices[name].inward or choices[name].outward)
         ]
         damage = sum(choice.damage for choice in choices.values())
         budget: dict[str, Any] = {"asked": {kind: share}, "per": per, "criterion": scores.criterion, "damage": damage}
@@ -178,6 +181,4 @@ def _budget(flops: float | None, params: float | None) -> tuple[str, float]:
     if len(asked) != 1:
         raise BudgetError(f"Give exactly one budget, flops or params; given: {', '.join(asked) or 'none'}.")
     name, value = next(iter(asked.items()))
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
-        raise BudgetError(f"{name}={value!r} is outside (0, 1).")
-    return name, value
+    return name, real(name, value, above=0, most=1, why=f"the share of the {name} to keep; 1 changes nothing")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from prunelab import options
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import DataError, PruneLabError
 from prunelab.io import header, steps
@@ -36,7 +37,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     Raises:
         DataError: the file cannot be written, or the model holds something that such a file cannot.
     """
-    path = Path(path)
+    path = options.path("path", path)
+    refuse_wrapped(model)
     try:
         with held(model):
             tensors, ties = _tensors(model)
@@ -64,7 +66,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         DataError: the file is missing, damaged, edited, or not of this class of model; the message says which.
     """
-    path = Path(path)
+    path = options.path("path", path)
+    refuse_wrapped(model)
     about, tensors = header.read(path)
     try:
         known = [steps.opened(data) for data in about.steps]

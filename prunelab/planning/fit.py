@@ -62,19 +62,7 @@ class Supply:
         return {**gone, name: levels[place]} if 0 <= place < len(levels) else None
 
 
-def levels_of(size: int, most: int, round_to: int | None) -> list[int]:
-    """Return how many of ``size`` units may go, at most ``most``, so that none or a multiple of ``round_to`` is left.
-
-    >>> levels_of(20, 18, 8), levels_of(3, 2, None)
-    ([0, 4, 12], [0, 1, 2])
-    """
-    if not round_to:
-        return list(range(most + 1))
-    first = size % round_to or round_to
-    return [0, *range(first, most + 1, round_to)]
-
-
-def fit(supply: Supply, spent: Callable[[Gone], float], target: float, failure: str) -> Gone:
+def fit(supply: Supply, spent: Callable[[Gone], float], target: float, failure: str, held: str = "") -> Gone:
     """Return what goes, so that what is spent ends at or just below the target.
 
     Args:
@@ -82,6 +70,7 @@ def fit(supply: Supply, spent: Callable[[Gone], float], target: float, failure: 
         spent: share that is left when so much is gone; falls as more goes.
         target: share that may be left.
         failure: says what cannot be met, for the error.
+        held: says what loses nothing and why, for the error.
 
     Raises:
         BudgetError: more is left when all that may go is gone.
@@ -104,7 +93,7 @@ def fit(supply: Supply, spent: Callable[[Gone], float], target: float, failure: 
     if least > target:
         raise BudgetError(
             f"{failure} cannot be met: without all that may go {least:.3f} is left. Raise the budget or max_ratio, "
-            "ignore less, or round to less."
+            f"ignore less, or round to less.{held}"
         )
     # Places at which some queue gives up one unit more, in order.
     places = sorted({(place + 1) / len(queue) for queue in supply.queues for place in range(len(queue))})

@@ -105,6 +105,7 @@ class Plan:
         >>> (first + later).removed
         {'0': (1, 2, 4)}
         """
+        check_plan(other)
         mine = {cut.group: cut for cut in self.cuts}
         if after is None:
             after = _is_later(mine, other)
@@ -159,6 +160,17 @@ class Plan:
         for cut in self.cuts:
             lines.append(f"  {cut.group.ljust(width)}  {cut.size} units, {len(cut.removed)} go")
         return "\n".join(lines)
+
+
+def check_plan(plan: object) -> None:
+    """Refuse what is not a plan.
+
+    Raises:
+        PlanError: it is something else; the message says how a plan is made.
+    """
+    if not isinstance(plan, Plan):
+        made = ": make one of these scores, with pl.plan(scores, flops=0.5)" if hasattr(plan, "by_name") else ""
+        raise PlanError(f"A pl.Plan was expected, got a {type(plan).__name__}{made}.")
 
 
 def _numbers(given: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import nn
 from prunelab.batches import device_of
 from prunelab.cost import latency
 from prunelab.errors import BudgetError
+from prunelab.options import function, real
 from prunelab.planning.fit import TOLERANCE, Gone, Supply
 from prunelab.planning.plan import Plan
 from prunelab.switches import ignoring
@@ -42,12 +43,10 @@ class Timing:
     measure: Callable[[nn.Module], float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "resolution"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise BudgetError(f"{name}={value!r} is no number above 0.")
-        if self.resolution > 0.5:
-            raise BudgetError(f"resolution={self.resolution!r} is above 0.5.")
+        object.__setattr__(self, "seconds", real("seconds", self.seconds, above=0))  # the dataclass is frozen
+        object.__setattr__(self, "resolution", real("resolution", self.resolution, above=0, most=0.5))
+        if self.measure is not None:
+            function("measure", self.measure, "measure(model) -> seconds")
 
     @property
     def places(self) -> int:
@@ -95,14 +94,17 @@ def fit_latency(
         timing: how to measure.
 
     Returns:
-        What goes; and ``seconds`` (of the ``whole`` model and of the ``cut`` one), ``kept`` (the latter as a share of
-        the former), ``before`` (the same at the place before, where it is known), ``measurements``, ``resolution``.
+        What goes; and, unless the target is the whole, ``seconds`` (of the ``whole`` model and of the ``cut`` one),
+        ``kept`` (the latter as a share of the former), ``before`` (the same at the place before, where it is known),
+        ``measurements``, ``resolution``.
 
     Raises:
         BudgetError: the smallest network still takes longer.
     """
     from prunelab.surgery.apply import apply  # surgery knows plans
 
+    if target >= 1 and not plan_for(supply.settled({})).cuts:
+        return supply.settled({}), {}  # nothing is to go, so there is nothing to measure
     clock, places, seen = timing.clock(model, inputs), timing.places, {}
 
     def measured(place: int) -> float:

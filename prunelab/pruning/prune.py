@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from prunelab import criteria
@@ -17,14 +17,19 @@ from prunelab.batches import Batches
 from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
+from prunelab.curvature.statistics import Statistics
 from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
-from prunelab.errors import BudgetError
-from prunelab.isolation import copied, modes_kept
+from prunelab.errors import OptionError
+from prunelab.isolation import copied
+from prunelab.options import flag, function, parts, shown
+from prunelab.options import whole as whole_number
 from prunelab.planning import pools
-from prunelab.planning.choose import Options, check_groups, choose, only_budget
+from prunelab.planning.choose import choose
 from prunelab.planning.fit import TOLERANCE
+from prunelab.planning.options import Options, only_budget
 from prunelab.planning.plan import Plan
-from prunelab.pruning.report import Report
+from prunelab.pruning.given import compensation, train
+from prunelab.pruning.report import Report, metrics_of
 from prunelab.pruning.schedule import Schedule, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
@@ -51,9 +56,9 @@ def prune(
     ratio: float | None = None,
     steps: int = 1,
     schedule: str | Schedule = "geometric",
-    compensate: bool | Compensation = False,
+    compensate: bool | Compensation | Statistics | Batches = False,
     finetune: Callable[[nn.Module], Any] | None = None,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float] | float] | None = None,
     state: str | Path | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -65,10 +70,10 @@ def prune(
         model: any module that can be traced.
         example_inputs: a tensor, a tuple or a dict; shapes and types matter.
         criterion: a name, or a criterion with options.
-        data: batches for the criterion, ``(inputs, targets)``; it is read once per step, twice with ``compensate``.
+        data: batches for the criterion, or a ``Task``; it is read once per step, twice with ``compensate``.
             With ``distributed.Sharded`` every process gives its share and calls this; plans, rows of the report and
             weights are then the same in all of them.
-        flops: share of the FLOPs that is kept; or
+        flops: share of the FLOPs that is kept (1 removes nothing); or
         params: share of the parameters that is kept; or
         bytes: share of the memory of parameters and buffers that is kept; or
         latency: share of the time of one forward pass that is kept (see ``plan``); or
@@ -76,9 +81,11 @@ def prune(
         steps: cut in so many steps, scoring anew before each.
         schedule: what is left after each step: equal parts of what was there (``"geometric"``), equal amounts
             (``"linear"``), much at first and little at the end (``"cubic"``), or ``(progress, final) -> share left``.
-        compensate: refit what is left after every cut, on ``data``; ``Compensation(…)`` for its options.
-        finetune: called with the model after every cut; trains it in place.
-        evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name.
+        compensate: refit what is left after every cut: ``True`` on ``data``, or on other batches, as ``apply`` takes
+            them; ``Compensation(…)`` for its options.
+        finetune: called with the model after every cut; trains it in place, or returns a trained copy of it.
+        evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name, or
+            one number, which is then called ``"score"``.
         state: folder in which the run is kept after every stage.  Called again after it was stopped, at any point, with
             the same arguments, it goes on there; a finished run is returned from it.
         seed: of Python's, NumPy's and PyTorch's random numbers, drawn anew for every scoring and every fine-tuning, so
@@ -93,7 +100,8 @@ def prune(
         The pruned model, in the mode of the original, and the report.
 
     Raises:
-        BudgetError: a budget or option is out of range, or cannot be met.
+        OptionError: an option is out of its range or of another type, or ``evaluate`` returns something else.
+        BudgetError: no or several budgets are given, or the budget cannot be met.
         TraceError: the model cannot be traced.
         PlanError: nothing in it can be removed.
         BatchError: the batches do not fit the model.
@@ -101,16 +109,13 @@ def prune(
 
     Source: cubic schedule: Zhu & Gupta 2017, *To prune, or not to prune*, equation 1.
     """
-    if type(steps) is not int or steps < 1:
-        raise BudgetError(f"steps={steps!r} is no positive whole number.")
+    steps, progress = whole_number("steps", steps), flag("progress", progress)
     kind, asked = only_budget(flops=flops, params=params, bytes=bytes, latency=latency, ratio=ratio)
-    if not asked < 1:
-        raise BudgetError(f"{kind}={asked!r} is outside (0, 1).")
-    chosen = criteria.get(criterion) if isinstance(criterion, str) else criterion
-    refit = Compensation() if compensate is True else compensate or None
-    graph = trace(model, example_inputs)
-    check_groups(graph)
-    goal = Goal(graph, kind, asked, schedule, steps, options)
+    chosen = criteria.get(criterion)
+    _check_calls(finetune, evaluate, state)
+    seed = None if seed is None else whole_number("seed", seed, least=0)
+    refit = compensation(compensate)
+    goal = Goal(trace(model, example_inputs), kind, asked, schedule, steps, options)
     kept = None
     if state is not None:
         run = {
@@ -144,13 +149,13 @@ def prune(
     def record(step: int, stage: str) -> None:
         cost = count(current, example_inputs)
         row: dict[str, Any] = {"step": step, "stage": stage, "flops": cost.flops, "params": cost.params}
-        row |= {"flops_kept": cost.flops / whole.flops, "params_kept": cost.params / whole.params}
+        row |= {"flops_kept": _share(cost.flops, whole.flops), "params_kept": _share(cost.params, whole.params)}
         if kind == "bytes":
-            row["bytes_kept"] = cost.bytes / whole.bytes
+            row["bytes_kept"] = _share(cost.bytes, whole.bytes)
         if kind == "latency":
             row["latency_kept"] = _product(report.plans)
         with seeded(current, base, step, 2):
-            row |= _plain(evaluate(current)) if evaluate else {}
+            row |= metrics_of(evaluate(current)) if evaluate else {}
         report.rows.append(of_rank_0(row, data))
         if kept is not None:
             kept.keep(current, report, model)
@@ -174,7 +179,7 @@ def prune(
                 record(step, CUT)
             if finetune is not None and (step, TUNED) not in done:
                 with seeded(current, base, step, 1):
-                    _train(finetune, current)
+                    train(finetune, current)
                 weights_of_rank_0(_settled(current) if kept else current, data)
                 record(step, TUNED)
             bar.set_postfix({"flops": f"{report.rows[-1]['flops_kept']:.1%}"})
@@ -195,7 +200,7 @@ class Goal:
         options: of ``plan``.
 
     Raises:
-        BudgetError: an option is unknown or out of range.
+        OptionError: an option is unknown or out of range.
         PlanError: an option names what the model does not have.
     """
 
@@ -211,22 +216,22 @@ class Goal:
         known = {field.name for field in fields(Options)} - {"since"}
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
-            raise BudgetError(f"There is no option {unknown!r}; those of plan are {', '.join(sorted(known))}.")
+            raise OptionError(f"There is no option {unknown!r}; those of plan are {', '.join(sorted(known))}.")
         self.kind, self.asked, self.steps = kind, asked, steps
         given = {name: value for name, value in options.items() if value is not None}
-        ignore = given.get("ignore", ())
-        items: Iterable[Any] = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        items = parts("ignore", given.get("ignore", ()))
         places = {id(module): name for name, module in graph.model.named_modules()}
         skipped = pools.ignored_groups(graph, items)
-        shares_of = pools.by_name(graph, given.get("overrides", {}), "overrides")
-        pools.overridden(graph, given.get("overrides", {}), skipped)
+        overrides = pools.checked_shares(graph, given.get("overrides", {}))
+        shares_of = pools.by_name(graph, overrides, "overrides")
+        pools.overridden(graph, overrides, skipped)
         given["ignore"] = [places[id(item)] if isinstance(item, nn.Module) else item for item in items]
         given["overrides"] = {name: share for name, share in shares_of.items() if name not in skipped}
         if isinstance(given.get("max_ratio"), Mapping):
             given["max_ratio"] = pools.by_name(graph, given["max_ratio"], "max_ratio")
-        self.plain = given
         self.sizes = {group.name: group.size for group in graph.groups}
         self.options = Options(**given, since=self.sizes)
+        self.plain = {name: getattr(self.options, name) for name in given}
         pools.most(graph, graph.bundles, self.options.max_ratio)
         self.left = shares(schedule, steps, 1 - asked if kind == "ratio" else asked)
         self.paths = {name: shares(schedule, steps, 1 - share) for name, share in self.options.overrides.items()}
@@ -258,11 +263,6 @@ class Goal:
             warnings.warn(f"{self.kind}={self.asked:.4g}: {kept:.4f} are left.{of if why else ''}", stacklevel=4)
 
 
-def _train(finetune: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    with modes_kept(model):
-        finetune(model)
-
-
 def _settled(model: nn.Module) -> nn.Module:
     """Lay all tensors out as in a model that was read from a file; another layout may round otherwise."""
     return model.to(memory_format=torch.contiguous_format)
@@ -275,9 +275,19 @@ def _product(plans: Iterable[Plan]) -> float:
     return share
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics as numbers that JSON knows."""
-    return {
-        str(name): value.item() if isinstance(value, Tensor) or hasattr(value, "item") else value
-        for name, value in metrics.items()
-    }
+def _share(part: int, total: int) -> float:
+    return part / total if total else 1.0
+
+
+def _check_calls(finetune: Any, evaluate: Any, state: Any) -> None:
+    """Refuse what cannot be used, before hours of work are lost to it.
+
+    Raises:
+        OptionError: one of them is of another type.
+    """
+    if finetune is not None:
+        function("finetune", finetune, "finetune(model)")
+    if evaluate is not None:
+        function("evaluate", evaluate, "evaluate(model) -> metrics by name")
+    if not isinstance(state, (str, Path, type(None))):
+        raise OptionError(f"`state` must be the path of a folder, got {shown(state)}.")

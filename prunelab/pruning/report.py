@@ -6,13 +6,15 @@ Flows in: rows and plans, as the run goes.  Flows out: a table, JSON, a figure.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from prunelab.errors import BudgetError, DataError, PlanError
+from prunelab.errors import BudgetError, DataError, OptionError, PlanError
+from prunelab.options import plain_number, shown
 from prunelab.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -85,3 +87,26 @@ class Report:
         if not any(metric in row for row in self.rows):
             raise BudgetError(f"The report has no {metric!r}: pass evaluate=, which must return it.")
         return trajectory(self.table(), metric)
+
+
+def metrics_of(found: Any) -> dict[str, Any]:
+    """Return what ``evaluate`` gave as numbers that JSON knows, by name.
+
+    Raises:
+        OptionError: it is neither a number nor metrics by name.
+    """
+    number = plain_number(found)
+    if number is not None:
+        return {"score": number}
+    if not isinstance(found, Mapping):
+        raise OptionError(
+            f"`evaluate` must return metrics by name, as in {{'accuracy': 0.9}}, or one number; it returned "
+            f"{shown(found)}."
+        )
+    metrics: dict[str, Any] = {}
+    for name, value in found.items():
+        number = plain_number(value)
+        if number is None and value is not None and not isinstance(value, (bool, str)):
+            raise OptionError(f"`evaluate` must return numbers; its metric {name!r} is {shown(value)}.")
+        metrics[str(name)] = value if number is None else number
+    return metrics

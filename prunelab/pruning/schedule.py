@@ -5,10 +5,12 @@ Flows in: how far the run is, and the share that is to be left at the end.  Flow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
-from prunelab.errors import BudgetError
+from prunelab.errors import OptionError
+from prunelab.options import plain_number, shown
 
 Schedule = Callable[[float, float], float]
 """``(progress in (0, 1], share left at the end) -> share left now``; falls, and ends at the share."""
@@ -40,17 +42,24 @@ def shares(schedule: str | Schedule, steps: int, final: float) -> list[float]:
     """Return what is to be left after each of so many steps.
 
     Raises:
-        BudgetError: there is no such schedule, or it rises, leaves (0, 1], or does not end at ``final``.
+        OptionError: there is no such schedule, or it rises, leaves (0, 1], or does not end at ``final``.
 
     >>> [round(share, 3) for share in shares("cubic", 4, 0.5)]
     [0.711, 0.562, 0.508, 0.5]
     """
-    if isinstance(schedule, str) and schedule not in SCHEDULES:
-        raise BudgetError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}, and no function.")
+    if not callable(schedule) and (not isinstance(schedule, str) or schedule not in SCHEDULES):
+        raise OptionError(f"schedule={shown(schedule)} is not one of {', '.join(SCHEDULES)}, nor a function.")
     left = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
-    found = [float(left(step / steps, final)) for step in range(1, steps + 1)]
+    found = [_number(left(step / steps, final)) for step in range(1, steps + 1)]
     if any(later > before + 1e-9 for before, later in pairwise([1.0, *found])) or not found[-1] > 0:
-        raise BudgetError(f"The schedule leaves {', '.join(f'{share:.3g}' for share in found)}: it must fall from 1.")
+        raise OptionError(f"The schedule leaves {', '.join(f'{share:.3g}' for share in found)}: it must fall from 1.")
     if abs(found[-1] - final) > 1e-6:
-        raise BudgetError(f"The schedule ends at {found[-1]:.4g} instead of {final:.4g}.")
+        raise OptionError(f"The schedule ends at {found[-1]:.4g} instead of {final:.4g}.")
     return [*found[:-1], final]
+
+
+def _number(left: object) -> float:
+    number = plain_number(left)
+    if number is None or not math.isfinite(number):
+        raise OptionError(f"The schedule must return the share that is left, a number; it returned {shown(left)}.")
+    return float(number)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunelab.devices import exact
+from prunelab.distributed import refuse_wrapped
 from prunelab.errors import PlanError
 from prunelab.isolation import copied, modes_kept
 from prunelab.surgery.apply import PLANS
@@ -103,6 +104,7 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         PlanError: a weight with a mask has another parametrization too, whose result a plain weight cannot keep.
     """
+    refuse_wrapped(model)
     for module, parts, attribute in _masked(model):
         if len(parts) > 1:
             raise PlanError(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.distributed import refuse_wrapped
-from prunelab.errors import BudgetError, PlanError
+from prunelab.errors import BudgetError, OptionError, PlanError
 from prunelab.isolation import copied
+from prunelab.options import flag, one_of, parts, real, shown
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
 from prunelab.switches import undisturbed
 
@@ -53,7 +54,8 @@ def sparsify(
         The sparse model, of the same class, in the same mode, on the same device.
 
     Raises:
-        BudgetError: ``density``, ``scope`` or ``pattern`` is out of range, or asks for more than is left.
+        OptionError: ``density``, ``scope`` or ``pattern`` is out of range.
+        BudgetError: more weights are to stay than are left.
         PlanError: a score is of a parameter that the model does not have, of another shape, or not a number; nothing
             can be pruned; ``names`` asks for something without a score, or that the pattern does not fit.
 
@@ -67,9 +69,9 @@ def sparsify(
     """
     with undisturbed():
         refuse_wrapped(model)
+        inplace = flag("inplace", inplace)
         density = _checked_density(density, pattern)
-        if scope not in ("global", "layer"):
-            raise BudgetError(f"scope={scope!r} is not one of global, layer.")
+        one_of("scope", scope, ("global", "layer"))
         scores = _checked_scores(model, scores_elementwise, names)
         if pattern is not None:
             fits = {name: score for name, score in scores.items() if _fits(model, name, score, pattern[1], names)}
@@ -121,28 +123,34 @@ def _fits(model: nn.Module, name: str, score: Tensor, m: int, names: Iterable[st
 
 
 def _checked_density(density: float | None, pattern: tuple[int, int] | None) -> float:
+    why = "outside that; it is the share of the weights to keep"
     if pattern is not None:
         whole = isinstance(pattern, (tuple, list)) and len(pattern) == 2 and all(type(part) is int for part in pattern)
         if not whole or not 0 < pattern[0] <= pattern[1]:
-            raise BudgetError(f"pattern={pattern!r} is no pair (n, m) of whole numbers with 0 < n <= m.")
+            raise OptionError(f"pattern={shown(pattern)} must be a pair (n, m) of integers with 0 < n <= m.")
         share = pattern[0] / pattern[1]
-        if density is not None and abs(density - share) > 1e-6:
-            raise BudgetError(
+        if density is not None and abs(real("density", density, above=0, most=1, why=why) - share) > 1e-6:
+            raise OptionError(
                 f"density={density!r} contradicts pattern={pattern}, which keeps {share:.4g}; leave it out."
             )
         return share
-    number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if density is None or not number or not 0 < density <= 1:
-        raise BudgetError(f"density={density!r} is outside (0, 1]: it is the share of the weights that is kept.")
-    return float(density)
+    return real("density", density, above=0, most=1, why=why)
 
 
 def _checked_scores(model: nn.Module, given: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
     """Return float scores of the parameters that are to be pruned, tied ones once; −inf where they are masked."""
     parameters = parameters_of(model)
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise PlanError(
+            "`scores_elementwise` must map names of parameters to tensors like them, as criterion.elementwise(model, "
+            f"batches) returns, got a {type(given).__name__}."
+        )
+    for name, score in given.items():
+        if not isinstance(score, Tensor):
+            raise PlanError(f"The score of {name!r} must be a tensor like that parameter, got {shown(score)}.")
     by_name = {plain_name(name): score for name, score in given.items()}
     if names is not None:
-        asked = [plain_name(name) for name in ([names] if isinstance(names, str) else names)]
+        asked = [plain_name(name) for name in parts("names", names) if isinstance(name, str)]
         without = [name for name in asked if name not in by_name]
         if without:
             raise PlanError(f"names asks for `{without[0]}`, which has no score.")

@@ -18,7 +18,8 @@ from prunelab.compensation.compensate import Compensation, make_up
 from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, TraceError
 from prunelab.isolation import copied
-from prunelab.planning.plan import Plan
+from prunelab.options import flag, one_of
+from prunelab.planning.plan import Plan, check_plan
 from prunelab.surgery.agreement import Example, has_data
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.integers import compare_integers
@@ -71,8 +72,9 @@ def apply(
             then as it was.
         BatchError: what ``compensate`` was given does not fit the model.
     """
-    if backend not in ("auto", "module", "graph"):
-        raise PlanError(f"backend={backend!r} is not one of auto, module, graph.")
+    one_of("backend", backend, ("auto", "module", "graph"))
+    flag("inplace", inplace)
+    check_plan(plan)
     if backend != "module":
         from prunelab.replay.rebuild import route  # which needs this module
 
@@ -146,6 +148,7 @@ class Kept:
 
 def open_plan(model: nn.Module, plan: Plan) -> tuple[DependencyGraph, Kept]:
     """Trace the model and return, for every leaf that loses entries, which of them stay (bool ``[size]``)."""
+    check_plan(plan)
     graph = trace(model, fakes.recall_inputs(plan.inputs))
     groups = {group.name: group for group in graph.groups}
     stay = {}

@@ -10,7 +10,6 @@ are left out wherever entries are added up or a mean or a variance is taken.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -96,10 +95,10 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
         modes.enter_context(Silence(axes, kept, seen))
         running.all = [*getattr(running, "all", []), (axes, modes)]
 
-    def stop(*_: Any) -> None:
+    def stop(module: nn.Module, args: Any, out: Any) -> None:
         axes, modes = running.all.pop()
         modes.close()
-        if sys.exc_info()[0] is None:
+        if out is not None:  # as after an error, which is to be heard instead
             axes.check(kept.masks)
 
     if kept.masks:

@@ -162,8 +162,18 @@ def read_grid(path: str | Path) -> Grid:
 
 
 def shootout() -> Path:
-    """Return the notebook that compares criteria by one protocol, in the clone that prunelab is imported from."""
-    return Path(__file__).resolve().parents[2] / "notebooks" / "15_shootout.ipynb"
+    """Return the notebook that compares criteria by one protocol: that of the clone, or the installed package's copy.
+
+    Raises:
+        GridError: neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [folder / "15_shootout.ipynb" for folder in (package.parent / "notebooks", package / "_notebooks")]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        looked = " and ".join(str(place) for place in places)
+        raise GridError(f"There is no {looked}: say in the grid which notebook to run, with `notebook: PATH`.")
+    return found
 
 
 def make_grid(

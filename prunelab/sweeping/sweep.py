@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from prunelab.errors import PruneLabError
 from prunelab.io.atomic import replacing
+from prunelab.options import shown
 from prunelab.sweeping import cluster, records
 from prunelab.sweeping.gpus import locked
 from prunelab.sweeping.grid import Grid, GridError, make_grid, read_grid
@@ -97,6 +98,8 @@ def sweep(
 
 
 def _made(notebook: str | Path, grid: Any, parameters: Any, limits: Mapping[str, Any] | None) -> Grid:
+    if not isinstance(notebook, (str, Path)):
+        raise GridError(f"`notebook` must be the path of a notebook or a YAML file, got {shown(notebook)}.")
     if isinstance(grid, Grid):
         return replace(grid, notebook=Path(notebook))
     if grid is None:

@@ -9,7 +9,6 @@ Notebook 01_tracing says what removing a unit means.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -57,18 +56,6 @@ def innermost(modules: Mapping[int, str]) -> str | None:
     return None
 
 
-_ON = threading.local()
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Leave what is computed inside out of all that this thread watches: it is not the model that computes."""
-    with ExitStack() as stack:
-        for axes in getattr(_ON, "axes", ()):
-            stack.enter_context(axes.quiet())
-        yield
-
-
 class RealAxes(TorchDispatchMode):
     """While on, knows the axes of every tensor that the model computes.
 
@@ -103,14 +90,6 @@ class RealAxes(TorchDispatchMode):
             self._names[id(tensor)] = name
             self.parameters[name] = [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]]
             self.know(tensor, self.parameters[name])
-
-    def __enter__(self) -> RealAxes:
-        _ON.axes = [*getattr(_ON, "axes", ()), self]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _ON.axes.pop()
-        super().__exit__(*error)
 
     @property
     def module(self) -> str:
@@ -177,6 +156,24 @@ class RealAxes(TorchDispatchMode):
                     f"{type(self.model).__name__} treats the units of group `{group}` otherwise with these inputs than "
                     f"with those it was traced with: {why}. Trace it with inputs like these, or ignore that group."
                 )
+
+
+def is_quiet() -> bool:
+    """Tell whether some ``RealAxes`` leave out what is computed now, such as a call that is made again."""
+    return any(mode._quiet for mode in _watching())
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Leave what is computed inside out of all ``RealAxes``: someone measures the model's tensors."""
+    with ExitStack() as stack:
+        for mode in _watching():
+            stack.enter_context(mode.quiet())
+        yield
+
+
+def _watching() -> list[RealAxes]:
+    return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, RealAxes)]
 
 
 def _averaged(call: Call) -> list[Axis]:

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from prunelab.errors import PlanError
+from prunelab.options import plain_number, shown
 from prunelab.tracing.axes import Axis, find, fold, freeze, leaves
 from prunelab.tracing.recorder import Recorder
 
@@ -40,7 +42,14 @@ class Member:
         return unit_map(self.axis, self.leaf)
 
     def positions(self, unit: int) -> Tensor:
-        """Return int64 positions of one unit of the group in this dimension."""
+        """Return int64 positions of one unit of the group in this dimension.
+
+        Raises:
+            PlanError: the group has no such unit.
+        """
+        number = plain_number(unit)
+        if not isinstance(number, int) or not 0 <= number <= int(self.unit.max()):
+            raise PlanError(f"`{self.name}` has no unit {shown(unit)}; it has {int(self.unit.max()) + 1} units.")
         return (self.unit == unit).nonzero().flatten()
 
 

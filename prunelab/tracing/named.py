@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from prunelab.errors import PlanError, PruneLabError
+from prunelab.options import parts
 from prunelab.tracing.recorder import named_tensors
 
 Items = Iterable[str | nn.Module]
@@ -33,11 +34,12 @@ def covered(
 
     Raises:
         error: ``ignore`` names something that the model does not have.
+        OptionError: it holds something that is neither a name nor a module.
 
     >>> covered(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), ["1"])
     {'1.weight': '1', '1.bias': '1'}
     """
-    items = [ignore] if isinstance(ignore, (str, nn.Module)) else list(ignore)
+    items = parts("ignore", ignore)
     if not items:
         return {}
     modules = {id(module): name for name, module in model.named_modules()}

@@ -45,6 +45,7 @@ class DependencyGraph:
         inputs: description of the example inputs, as plain data.
         groups: the groups in forward order.
         bundles: the groups again, with those together that must keep equal numbers of units.
+        ignored: names of what stays whole because ``ignore`` says so.
         frozen: ``(name, dim) -> reason`` for every dimension of a parameter that has nothing to remove.
         tape: every operator call, in order.
         integers: attributes of modules whose value follows a cut, since the model's code took a size from them.
@@ -60,6 +61,7 @@ class DependencyGraph:
         self.integers, self.described = recorder.integers, recorder.described
         self.dims = recorder.parameters
         self._recorder = recorder
+        self.ignored: tuple[str, ...] = ()
         reasons: dict[int, str] = {}
         bundles, groups = [], make_groups(recorder)
         for bundle in make_bundles(groups, ties):
@@ -78,13 +80,22 @@ class DependencyGraph:
             if all(part.frozen is not None or id(part) in reasons for part in leaves(dim.axis))
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as a model and what it was traced with: the fakes of a trace cannot leave their process."""
+        return _traced_again, (self.model, self.inputs, self.ignored)
+
     def groups_of(self, name: str, dim: int = 0) -> tuple[Group, ...]:
         """Return every group that runs through a dimension of a parameter, the outermost first.
 
         Raises:
             TraceError: the model has no such parameter or dimension.
         """
-        if name not in self.dims or not -len(self.dims[name]) <= dim < len(self.dims[name]):
+        if (
+            not isinstance(name, str)
+            or type(dim) is not int
+            or name not in self.dims
+            or not -len(self.dims[name]) <= dim < len(self.dims[name])
+        ):
             raise TraceError(f"{type(self.model).__name__} has no dimension {dim} of a parameter or buffer `{name}`.")
         found = (self._by_leaf.get(id(part)) for part in leaves(self.dims[name][dim].axis))
         return tuple(dict.fromkeys(group for group in found if group is not None))
@@ -153,6 +164,10 @@ class DependencyGraph:
         return [(g.name, str(g.size), names(g, "produces") or "–", names(g, "consumes") or "–") for g in self.groups]
 
 
+def _traced_again(model: nn.Module, inputs: Any, ignored: tuple[str, ...]) -> DependencyGraph:
+    return trace(model, fakes.recall_inputs(inputs), ignore=ignored)
+
+
 def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[str | nn.Module] = ()) -> DependencyGraph:
     """Find the groups of coupled slices of ``model``, without computing anything.
 
@@ -188,7 +203,8 @@ def trace(model: nn.Module, example_inputs: fakes.Inputs, *, ignore: Iterable[st
 
 
 def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str | nn.Module]) -> DependencyGraph:
-    reasons = {key: f"`{name}` is ignored, as asked" for key, name in covered(model, ignore, error=TraceError).items()}
+    named = covered(model, ignore, error=TraceError)
+    reasons = {key: f"`{name}` is ignored, as asked" for key, name in named.items()}
     hooks.warn_of_global_hooks()
     mode = fakes.fake_mode()
     copy = fakes.fake_model(model, mode)
@@ -223,7 +239,9 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
             for dim in dims:
                 freeze(dim.axis, "no operator used it in this trace")
     freeze_unproduced(recorder)
-    return DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), reasons)
+    graph = DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), reasons)
+    graph.ignored = tuple(dict.fromkeys(named.values()))
+    return graph
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
