@@ -367,6 +367,46 @@ def test_bad_options_are_errors(options, message):
         Gate(**options)
 
 
+def test_samples_may_be_in_any_dimension():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    first, labels = torch.randn(6, 7, 4).double(), torch.arange(6) % 3
+    second = first.transpose(0, 1).contiguous()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.mean(1), targets)
+
+    task = pl.Task([(second, labels)], samples=(1, 0), outputs=lambda out: out.transpose(0, 1), loss=loss)
+    for curvature in ("ggn", "empirical", "hessian"):
+        criterion = Gate(curvature, linear=True, loss=loss)
+        wanted = criterion(pl.trace(model, first), [(first, labels)])["0"]
+        torch.testing.assert_close(criterion(pl.trace(model, second), task)["0"], wanted)
+
+
+def test_a_hessian_needs_no_single_samples():
+    torch.manual_seed(0)
+    model, x, goal = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(7, 6, 4), torch.randn(3)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.mean((0, 1)) - targets).square().sum()
+
+    graph = pl.trace(model, x)
+    found = Gate("hessian", loss=loss)(graph, [(x, goal)])["0"]
+    parts = (F.relu(model[0](x)).mean((0, 1))[:, None] * model[2].weight.t()).detach()  # [unit, output]
+    torch.testing.assert_close(found, parts.square().sum(1))
+    with pytest.raises(pl.BatchError, match="single samples"):
+        Gate("ggn", loss=loss)(graph, [(x, goal)])
+
+
+def test_a_warning_about_its_cost_is_at_the_user_s_line(monkeypatch, small):
+    monkeypatch.setattr("prunelab.criteria.gate.MANY", 1)
+    model, inputs = small
+    graph = pl.trace(model, inputs)
+    with pytest.warns(UserWarning, match="one backward pass for every number") as caught:
+        Gate()(graph, [(inputs, torch.arange(6) % 4)])
+    assert caught[0].filename == __file__
+
+
 def test_bad_batches_are_errors(small):
     model, inputs = small
     graph, targets = pl.trace(model, inputs), torch.arange(6) % 4

@@ -27,6 +27,7 @@ from prunelab.curvature.mean_check import check_apart, check_mean, check_own
 from prunelab.errors import BatchError, OptionError
 from prunelab.isolation import evaluating
 from prunelab.options import one_of, real, whole
+from prunelab.stack import user_level
 from prunelab.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
 from prunelab.trees import tree_leaves, tree_map
@@ -156,7 +157,7 @@ class Gate(Criterion):
                 warnings.warn(
                     f'gate with curvature="ggn" needs one backward pass for every number that the model returns for a '
                     f'sample: {count} for each batch here.  curvature="mc" needs {self.samples}.',
-                    stacklevel=5,
+                    stacklevel=user_level(),
                 )
 
     def _gates(self, graph: DependencyGraph, batch: Batch) -> Gates:

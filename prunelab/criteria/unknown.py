@@ -15,6 +15,7 @@ from torch import Tensor
 from prunelab.criteria.base import sum_by_unit
 from prunelab.curvature.collect import Statistics, collect
 from prunelab.errors import BatchError
+from prunelab.stack import user_level
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 
@@ -55,7 +56,7 @@ def with_unknown(
     warnings.warn(
         f"`{criterion}` knows linear layers and convolutions, and these groups have weights that are used in another "
         f"way: {names}{'; …' if len(odd) > 5 else ''}.  Their units are {how}.",
-        stacklevel=5,
+        stacklevel=user_level(),
     )
     return out
 

@@ -19,6 +19,7 @@ from prunelab.batches import Batches, Loss
 from prunelab.curvature.accumulators import ACCUMULATORS
 from prunelab.curvature.kronecker import Factors
 from prunelab.errors import BatchError
+from prunelab.stack import user_level
 
 Nested = Mapping[str, Mapping[str, Any]]
 
@@ -93,7 +94,7 @@ class Statistics:
             warnings.warn(
                 f"{self.samples} samples are too few for {len(short)} of {2 * len(factors)} Kronecker factors: "
                 f"{short[0]}. Collect from more, or damp the inverse.",
-                stacklevel=3,
+                stacklevel=user_level(),
             )
 
     @cached_property

@@ -81,7 +81,7 @@ def layer_sizes(module: nn.Module, groups: int | None) -> dict[str, Any]:
     if isinstance(module, nn.RNNCellBase):
         return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if isinstance(module, nn.RNNBase):  # its state is frozen
-        return {"input_size": module.weight_ih_l0.shape[1]}
+        return {"input_size": module.weight_ih_l0.shape[1]}  # type: ignore[index]
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight.shape[0]}
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):  # that of transformers

@@ -37,7 +37,7 @@ class _Ignored(list):
     def append(self, value: Any) -> None:
         """Do nothing."""
 
-    def __iadd__(self, values: Iterable[Any]) -> _Ignored:
+    def __iadd__(self, values: Iterable[Any]) -> _Ignored:  # type: ignore[misc]
         return self
 
 

@@ -72,7 +72,11 @@ def others(inputs: Any, make: Callable[[Tensor, list[int]], Tensor]) -> Iterator
             shapes = [tuple(shape(tensor)) for tensor in tensors]
             if shapes not in tried:
                 tried.append(shapes)
-                yield tree_map_only(Tensor, lambda t, shape=shape: make(t, shape(t)) if t.dim() else t, inputs)
+
+                def made(tensor: Tensor, shape: Any = shape) -> Tensor:
+                    return make(tensor, shape(tensor)) if tensor.dim() else tensor
+
+                yield tree_map_only(Tensor, made, inputs)
 
 
 def _lengths(tensor: Tensor) -> range:
