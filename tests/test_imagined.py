@@ -75,7 +75,9 @@ OPTIONS += [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), OPTIONS, ids=[f"{number}-{name}" for number, (name, _) in enumerate(OPTIONS)]
+)
 def test_scores_are_those_of_the_cpu(both, name, options):
     same(both, lambda model, graph, batches: joined(pl.criteria.get(name, **options)(graph, batches)))
 

@@ -237,5 +237,5 @@ def test_a_plan_for_another_model_is_an_error(small):
 
 
 def test_an_unknown_backend_is_an_error(small):
-    with pytest.raises(pl.PlanError, match="backend"):
+    with pytest.raises(pl.OptionError, match="backend"):
         pl.apply(small[0], random_plan(*small), backend="magic")

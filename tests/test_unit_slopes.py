@@ -112,7 +112,7 @@ def test_all_units_at_once_are_each_unit_by_itself(name, monkeypatch):
 
 
 def test_no_unit_is_visited_alone_where_all_go_at_once(monkeypatch):
-    graph, batches = make("in place")
+    graph, batches = make("tokens")
     monkeypatch.setattr(quadratic.Quadratic, "_group", None)
     scores = pl.criteria.Quadratic(curvature="ggn")(graph, batches)
     assert all(bool(scores[group].any()) for group in scores)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ MODELS = ("resnet18", "resnet50", "vgg16_bn", "densenet121", "mobilenet_v2", "ef
 MODELS = (*MODELS, "convnext_tiny", "googlenet", "inception_v3")
 QUICK = ("resnet18", "mobilenet_v2")
 STEP, WHOLE = "score, plan, cut", "trace, score, plan, cut"
+CHECKED = "score, plan, cut, check"
 
 
-def our_step(model: nn.Module, graph: pl.DependencyGraph) -> None:
+def our_step(model: nn.Module, graph: pl.DependencyGraph, check: bool = False) -> None:
     """Rank by L2 norm over the whole network, take half of the units, cut in place."""
-    pl.apply(model, pl.plan(pl.criteria.Magnitude()(graph), ratio=0.5), inplace=True)
+    pl.apply(model, pl.plan(pl.criteria.Magnitude()(graph), ratio=0.5), inplace=True, check=check)
 
 
 def our_whole(model: nn.Module, inputs: torch.Tensor) -> None:
@@ -67,12 +69,14 @@ def rows(setting: Setting) -> Iterator[Row]:
 
         contestants = {
             f"prunelab: {STEP}": our_step,
+            f"prunelab: {CHECKED}": partial(our_step, check=True),
             f"Torch-Pruning: {STEP}": lambda one: one.step(),
             f"prunelab: {WHOLE}": our_whole,
             f"Torch-Pruning: {WHOLE}": lambda own, x: pruner(own, x).step(),
         }
         prepare = {
             f"prunelab: {STEP}": traced,
+            f"prunelab: {CHECKED}": traced,
             f"Torch-Pruning: {STEP}": lambda fresh=fresh, inputs=inputs: (pruner(fresh(), inputs),),
             f"prunelab: {WHOLE}": lambda fresh=fresh, inputs=inputs: (fresh(), inputs),
             f"Torch-Pruning: {WHOLE}": lambda fresh=fresh, inputs=inputs: (fresh(), inputs),
@@ -88,7 +92,9 @@ def about() -> Iterator[str]:
         "Half of all units by the L2 norm, ranked over the whole network: `pl.plan` and `pl.apply(…, inplace=True)` on "
         "fresh scores, and `BasePruner(…, global_pruning=True).step()`; then the same with the trace and the pruner's "
         "construction. `pl.apply` rehearses the cut on a copy without data and traces the result again, so that a cut "
-        "that would go wrong is refused; that is in its time."
+        "that would go wrong is refused; that is in its time. By default it also runs the cut network and `pl.masked` "
+        "once, at batch 1 in eval mode, and compares their values: that is the time with the check, the others are "
+        "with `check=False`. In place the check needs a copy that is cut first."
     )
 
 
@@ -100,10 +106,13 @@ def markdown(found: list[Row]) -> Iterator[str]:
         for what in (STEP, WHOLE):
             own = {row["who"]: row.get("cpu") for row in chosen(found, model=name, what=what)}
             cells += [seconds(own["prunelab"]), seconds(own["Torch-Pruning"]), times(_ratio(found, name, what))]
+            if what == STEP:
+                checked = next(iter(chosen(found, model=name, what=CHECKED)), {})
+                cells.insert(2, seconds(checked["cpu"]) if "cpu" in checked else "–")
         body.append(cells)
     head = ["model"]
     for what in (STEP, WHOLE):
-        head += [f"{what}: prunelab", "Torch-Pruning", "ratio"]
+        head += [f"{what}: prunelab", *(["with the check"] if what == STEP else []), "Torch-Pruning", "ratio"]
     yield from table(head, body)
     yield from errors(found, "model", "method")
 

@@ -6,7 +6,6 @@ computed, for every sample by itself; PyTorch's cross-entropy needs no check, si
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from prunelab.batches import Batch
 from prunelab.errors import BatchError
 from prunelab.losses import is_known, weights_of
+from prunelab.switches import ignoring
 from prunelab.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 TOLERANCE = 1e-4
@@ -154,8 +154,7 @@ def _singles(outputs: Any, batch: Batch, used: Tensor) -> Tensor:
     plain = isinstance(outputs, Tensor) and isinstance(batch.targets, Tensor) and batch.targets.dim() > 0
     if plain and batch.places[1] == (0,) and bool(used.all()):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of operators without a batching rule
+            with ignoring():  # warnings of operators without a batching rule
                 one = lambda z, y: batch.loss(z[None], y[None])  # noqa: E731
                 return torch.func.vmap(one)(outputs, batch.targets).detach().float().cpu()
         except Exception:  # whatever vmap cannot take goes sample by sample

@@ -74,6 +74,7 @@ def factorize(
 
     Source: Wang et al. 2019, *EigenDamage*, section 4; choosing ranks by what they cost is ours.
 
+    >>> import torch
     >>> from prunelab import trace
     >>> _ = torch.manual_seed(0)
     >>> from prunelab.criteria import EigenDamage

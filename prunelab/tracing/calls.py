@@ -68,6 +68,7 @@ class RealAxes(TorchDispatchMode):
             axes stays here and does not reach the trace.
         reduced: axes over which an operator took a mean or a variance, since it was last emptied.
         contracted: axes over which an operator added entries up, since it was last emptied.
+        recent: what operators returned, since it was last emptied.
     """
 
     def __init__(self, model: nn.Module, graph: DependencyGraph) -> None:
@@ -78,6 +79,7 @@ class RealAxes(TorchDispatchMode):
         self.flops, self.made, self.weight_norms = (_Ignored() for _ in range(3))
         self.reduced: list[Axis] = []
         self.contracted: list[Axis] = []
+        self.recent: list[Tensor] = []
         self.parameters: dict[str, Dims] = {}
         self._names: dict[int, str] = {}
         self._dims = WeakIdKeyDictionary()
@@ -99,6 +101,13 @@ class RealAxes(TorchDispatchMode):
     def know(self, tensor: Tensor, dims: Dims) -> None:
         """Say what the axes of a tensor are."""
         self._dims[tensor] = dims
+
+    def adopt(self, tensor: Tensor) -> None:
+        """Know a tensor that a function returned: one of a class of the user's is another object in the same place."""
+        if self._dims.get(tensor) is None:
+            same = next((one for one in reversed(self.recent) if _place(one) == _place(tensor)), None)
+            if same is not None:
+                self.know(tensor, self.dims(same))
 
     def dims(self, tensor: Tensor) -> Dims:
         """Return the axes of a tensor; one that was never seen is an input or a constant of the code."""
@@ -138,6 +147,7 @@ class RealAxes(TorchDispatchMode):
         for tensor, dims in zip(call.outputs, apply_rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
+        self.recent += call.outputs
         self.reduced += _averaged(call)
         return out
 
@@ -174,6 +184,11 @@ def unwatched() -> Iterator[None]:
 
 def _watching() -> list[RealAxes]:
     return [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, RealAxes)]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies in memory, and how."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _averaged(call: Call) -> list[Axis]:
@@ -332,12 +347,14 @@ class WatchedCalls(Calls):
         given = tensors_of((args, kwargs))
         before = [Given(self.axes.axes(one), self.axes.is_parametric(one), self._is_silent(one)) for one in given]
         versions = [_version(one) for one in given]
-        self.axes.reduced, self.axes.contracted = [], []
+        self.axes.reduced, self.axes.contracted, self.axes.recent = [], [], []
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         made = tensors_of(out) if name != "__setitem__" else [args[0]]
         if not made:
             return out
+        for one in made:
+            self.axes.adopt(one)
         call = FunctionCall(
             name,
             tuple(before),
