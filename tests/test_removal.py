@@ -147,6 +147,17 @@ def test_gradients_of_the_silenced_network_are_those_of_the_cut_one(name: str):
     assert error(cut.make.weight.grad, silent.make.weight.grad[kept]) < 1e-10
 
 
+def test_gates_refuse_a_function_of_two_tensors_that_is_no_product():
+    """The cosine divides by the norms of both, so a gate on one of them is not enough."""
+    model, x = make("sigmoid, then a layer")
+    model.code = lambda m, x: x * F.cosine_similarity(x + 1, x.exp(), dim=-1).unsqueeze(-1)
+    graph, plan = pl.trace(model, x), random_plan(model, x)
+    with torch.no_grad():
+        assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-12
+    with pytest.raises(pl.BatchError, match="`cosine_similarity` consumes units of several tensors"):
+        Gates(graph, x)
+
+
 class LinearAttention(nn.Module):
     """Attention without a softmax: queries and keys meet in two products of activations."""
 

@@ -24,6 +24,13 @@ from prunelab.tracing.groups import unit_map
 from prunelab.tracing.hooks import only_needed
 from prunelab.tracing.trace import DependencyGraph
 
+_PRODUCTS = (
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution matmul __matmul__ "
+    "__rmatmul__ bmm mm mv dot vdot inner addmm addmv baddbmm addbmm einsum bilinear scaled_dot_product_attention"
+)
+PRODUCTS = frozenset(_PRODUCTS.split())
+"""Functions that are linear in each of the tensors that they multiply, so that a gate on one of them is enough."""
+
 
 class Layout(NamedTuple):
     """Where a tensor keeps its samples: dimension ``dim``, in runs of ``inner`` rows per sample."""
@@ -146,9 +153,14 @@ def _operand(call: FunctionCall, leaf: Axis) -> tuple[int, list[int]]:
     """Return which tensor of a call gets the gates of a group, and in which dimension: an activation if there is one.
 
     Raises:
-        BatchError: every tensor holds the group's units in several dimensions.
+        BatchError: every tensor holds the group's units in several dimensions, or the function is not linear in each.
     """
     holding = [(operand, dims) for operand in range(len(call.given)) if (dims := call.given[operand].holds(leaf))]
+    if len(holding) > 1 and call.name not in PRODUCTS:
+        raise BatchError(
+            f"`{call.name}` consumes units of several tensors in a way that gates do not know: write it with sums, "
+            "products and norms, or ignore these units in the trace."
+        )
     for operand, dims in sorted(holding, key=lambda pair: call.given[pair[0]].parametric):
         if len(dims) == 1:
             return operand, dims
