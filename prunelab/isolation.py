@@ -136,8 +136,13 @@ def computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
     found = []
     for _, module in modules:
         own = [value for key, value in vars(module).items() if key not in ("_parameters", "_modules")]
-        found += [tensor for tensor in tensors_of(own) if not tensor.is_leaf]
+        own = [v for v in own if type(v) not in _PLAIN and not (type(v) in _STORES and not v)]  # almost all go here
+        found += [tensor for tensor in tensors_of(own) if not tensor.is_leaf] if own else []
     return found
+
+
+_PLAIN = {int, float, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.layout, torch.memory_format}
+_STORES = {dict, OrderedDict, list, tuple, set}
 
 
 def uncopied(model: nn.Module, error: Exception) -> TraceError:
