@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import prunelab as pl
+from prunelab.criteria.gates import Gates
 from prunelab.tracing.rules import RULES
 from tests.cases import error, perturb, random_plan
 from tests.operators import OPERATORS, Operator
@@ -65,6 +66,35 @@ def test_a_cut_around_an_operator_is_exact(case: Operator):
         with torch.no_grad():
             found, wanted = pl.apply(model, plan, backend=backend)(inputs), pl.masked(model, plan)(inputs)
         assert error(found, wanted) < (1e-10 if case.dtype == torch.float64 else 1e-6), backend
+
+
+WRITES_WHILE_IT_RUNS = ("_fused_moving_avg_obs_fq_helper", "_batch_norm_with_update")
+"""Operators that change a buffer in every run, in eval mode too."""
+
+
+@pytest.mark.filterwarnings("ignore:index_reduce", "ignore:Accessing the data pointer")
+@each
+def test_gates_of_zero_around_an_operator_are_the_silenced_network(case: Operator):
+    if "cpu" not in case.devices or not case.groups or any(word in case.words for word in WRITES_WHILE_IT_RUNS):
+        pytest.skip("there is nothing to compare")
+    torch.manual_seed(0)
+    model = perturb(case.build()).to(case.dtype).eval()
+    inputs = model.inputs()
+    inputs = inputs.to(case.dtype) if inputs.is_floating_point() else inputs
+    graph = pl.trace(model, inputs)
+    plan = random_plan(model, inputs, 0.5, seed=1)
+    z = [torch.ones(group.size, dtype=case.dtype) for group in graph.groups]
+    for group, own in zip(graph.groups, z, strict=True):
+        own[list(plan.removed.get(group.name, ()))] = 0
+    try:
+        gates = Gates(graph, inputs)
+    except pl.BatchError as problem:
+        if "cannot take inputs" not in str(problem):
+            raise
+        pytest.skip("its code writes down how many samples there are")
+    with torch.no_grad():
+        found, wanted = gates.run(inputs, torch.cat(z)), pl.masked(model, plan)(inputs)
+    assert error(found, wanted) < (1e-9 if case.dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:index_reduce", "ignore:Accessing the data pointer")

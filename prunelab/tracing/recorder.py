@@ -243,6 +243,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, nn.Parameter):
                 self.learned.append(name)
             self.know(tensor, self.parameters[name])
+        self._together: dict[str, list[str]] = {}
+        for path, cell in model.named_modules():
+            if isinstance(cell, nn.RNNCellBase):
+                own = [f"{path}.{key}".lstrip(".") for key in cell._parameters]
+                self._together |= dict.fromkeys(own, own)
         self._watch_modules()
 
     @property
@@ -371,12 +376,7 @@ class Recorder(TorchDispatchMode):
 
     def _visit(self, name: str) -> None:
         """Note that a parameter is used; those of a recurrent cell are used together, in an order of the device's."""
-        if name in self.visited:
-            return
-        owner, dot, _ = name.rpartition(".")
-        cell = self.model.get_submodule(owner)
-        together = [f"{owner}{dot}{own}" for own in cell._parameters] if isinstance(cell, nn.RNNCellBase) else []
-        for each in [*together, name]:
+        for each in (*self._together.get(name, ()), name):
             if each in self.parameters:
                 self.visited.setdefault(each, len(self.visited))
 
