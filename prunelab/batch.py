@@ -107,7 +107,7 @@ class Batch:
         """Return the mean loss, one number.
 
         Raises:
-            BatchError: the loss cannot take these outputs, or is no number with a gradient.
+            BatchError: the loss cannot take these outputs, or is not one number with a gradient.
         """
         try:
             value = self.loss(outputs, self.targets)

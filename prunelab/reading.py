@@ -43,8 +43,8 @@ def read(item: Any, model: nn.Module | None, task: Task, where: str) -> tuple[An
     found = _split(item, model)
     if found is None:
         raise BatchError(
-            f"{where} is no pair (inputs, targets) but {type(item).__name__}, and nothing that a model could be called "
-            "with: say what is what with pl.Task(batches, inputs=…, targets=…)."
+            f"{where} is not a pair (inputs, targets) but {type(item).__name__}, and nothing that a model could be "
+            "called with: say what is what with pl.Task(batches, inputs=…, targets=…)."
         )
     return found[0], found[1] if task.targets is None else targets
 
@@ -144,7 +144,7 @@ def own(model: nn.Module, batch: Batch, where: str) -> Callable[[Batch], Batch]:
         if _labels(batch) is not None:
             return _labelled
         raise BatchError(
-            f"{where} is no pair (inputs, targets), and {type(model).__name__} returns no `.loss`: give pairs, "
+            f"{where} is not a pair (inputs, targets), and {type(model).__name__} returns no `.loss`: give pairs, "
             "mappings with the labels that the model takes, or pl.Task(batches, loss=…, targets=…)."
         )
     recipe = recipe_for(raw, _labels(batch))

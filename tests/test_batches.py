@@ -77,7 +77,7 @@ def test_inputs_alone_are_refused_where_nobody_has_a_loss(net, data):
             scores(name, net, [data[0]], data[0])
     with pytest.raises(pl.BatchError, match="needs an iterable of batches, such as a data loader, got 3"):
         pl.criteria.get("taylor")(pl.trace(net, data[0]), 3)
-    with pytest.raises(pl.BatchError, match=r"is no pair .* but str.*pl.Task"):
+    with pytest.raises(pl.BatchError, match=r"is not a pair .* but str.*pl.Task"):
         scores("taylor", net, ["x"], data[0])
 
 
