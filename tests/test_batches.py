@@ -73,7 +73,7 @@ def test_inputs_alone_go_to_losses_that_need_no_targets(batch, name, net, data):
 
 def test_inputs_alone_are_refused_where_nobody_has_a_loss(net, data):
     for name in FIRST_ORDER + SECOND_ORDER:
-        with pytest.raises(pl.BatchError, match=r"no pair \(inputs, targets\), and Sequential returns no `.loss`"):
+        with pytest.raises(pl.BatchError, match=r"not a pair \(inputs, targets\), and Sequential returns no `.loss`"):
             scores(name, net, [data[0]], data[0])
     with pytest.raises(pl.BatchError, match="needs an iterable of batches, such as a data loader, got 3"):
         pl.criteria.get("taylor")(pl.trace(net, data[0]), 3)
