@@ -139,7 +139,7 @@ def test_criteria_are_found_by_name():
     [
         (None, "needs batches"),
         ([], "empty loader"),
-        ([torch.ones(2, 3)], "no pair"),
+        ([torch.ones(2, 3)], "not a pair"),
         ([(torch.ones(2, 5), torch.zeros(2).long())], "shape \\[2, 5\\]"),
         ([(torch.ones(2, 3, device="meta"), torch.zeros(2).long())], "on meta, the model on cpu"),
         ([(torch.ones(3, 3), torch.zeros(2).long())], "but 2 targets"),

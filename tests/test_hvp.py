@@ -185,7 +185,7 @@ def test_the_model_stays_as_it_was_also_after_an_error(way):
     [
         (lambda x, y: None, F.cross_entropy, "needs batches"),
         (lambda x, y: [], F.cross_entropy, "empty loader"),
-        (lambda x, y: [x], F.cross_entropy, "no pair"),
+        (lambda x, y: [x], F.cross_entropy, "not a pair"),
         (lambda x, y: [(x[:, :1], y)], F.cross_entropy, "cannot take inputs"),
         (lambda x, y: [(x, y + 9)], F.cross_entropy, "The loss cannot take.*out of bounds"),
         (lambda x, y: [(x, y)], lambda o, t: F.cross_entropy(o, t, reduction="sum"), "the plain mean"),
