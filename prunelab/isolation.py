@@ -23,8 +23,8 @@ from prunelab.errors import PruneLabError, TraceError
 from prunelab.switches import layer_by_layer, undisturbed
 from prunelab.tracing.outputs import tensors_of
 
-_OWNERS: dict[int, list[int]] = {}
-"""``id`` of a module or parameter -> the thread that holds it, and how many times."""
+_HOLDS: list[tuple[int, set[int]]] = []
+"""The thread of every hold, and the ``id`` of all modules and parameters that it holds."""
 
 _FREED = threading.Condition()
 
@@ -39,21 +39,19 @@ def held(model: nn.Module) -> Iterator[bool]:
     Returns:
         Whether this thread did not hold all of it before.
     """
-    parts: list[Any] = [*model.modules(), *model.parameters()]
-    me = threading.get_ident()
+    modules = list(model.modules())
+    kept = [*modules, *(p for m in modules for p in m._parameters.values() if p is not None)]  # so that ids stay theirs
+    parts = {id(part) for part in kept}
+    hold = threading.get_ident(), parts
     with _FREED:
-        _FREED.wait_for(lambda: all(_OWNERS.get(id(part), [me])[0] == me for part in parts))
-        first = any(id(part) not in _OWNERS for part in parts)
-        for part in parts:
-            _OWNERS.setdefault(id(part), [me, 0])[1] += 1
+        _FREED.wait_for(lambda: all(thread == hold[0] or held.isdisjoint(parts) for thread, held in _HOLDS))
+        first = not parts <= set().union(*(held for thread, held in _HOLDS if thread == hold[0]))
+        _HOLDS.append(hold)
     try:
         yield first
     finally:
         with _FREED:
-            for part in parts:
-                _OWNERS[id(part)][1] -= 1
-                if not _OWNERS[id(part)][1]:
-                    del _OWNERS[id(part)]
+            _HOLDS[:] = [other for other in _HOLDS if other is not hold]
             _FREED.notify_all()
 
 
@@ -76,7 +74,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Modes, attributes, buffers (values too) and hooks are put back; parameters are not written to by a forward pass.
     """
     with held(model) as first:
-        before = _Snapshot(model) if first else None
+        before = Snapshot(model, list(model.buffers())) if first else None
         try:
             with modes_kept(model):
                 model.eval()
@@ -124,25 +122,28 @@ def copied(model: nn.Module) -> nn.Module:
     """
     with held(model), undisturbed():
         with torch.no_grad():
-            memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed(model.named_modules())}
+            computed = [tensor for tensor in kept_tensors(model.modules()) if not tensor.is_leaf]
+            memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
         try:
             return copy.deepcopy(model, memo)
         except Exception as error:
             raise uncopied(model, error) from error
 
 
-def computed(modules: Iterable[tuple[str, nn.Module]]) -> list[Tensor]:
-    """Return the tensors with a history that modules keep, which PyTorch does not copy."""
-    found = []
-    for _, module in modules:
-        own = [value for key, value in vars(module).items() if key not in ("_parameters", "_modules")]
-        own = [v for v in own if type(v) not in _PLAIN and not (type(v) in _STORES and not v)]  # almost all go here
-        found += [tensor for tensor in tensors_of(own) if not tensor.is_leaf] if own else []
+def kept_tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the tensors that modules keep beside their parameters: buffers, and whatever their attributes hold."""
+    found: list[Tensor] = []
+    for module in modules:
+        own = [value for key, value in vars(module).items() if key not in _EVERY_MODULE and type(value) not in _PLAIN]
+        own = [value for value in own if type(value) not in _STORES or not _PLAIN.issuperset(map(type, value))]
+        own += [buffer for buffer in module._buffers.values() if buffer is not None]
+        found += tensors_of(own) if own else []
     return found
 
 
 _PLAIN = {int, float, bool, str, bytes, type(None), type, torch.dtype, torch.device, torch.layout, torch.memory_format}
-_STORES = {dict, OrderedDict, list, tuple, set}
+_STORES = {list, tuple, set}
+_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def uncopied(model: nn.Module, error: Exception) -> TraceError:
@@ -191,10 +192,15 @@ def ordinary(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class _Snapshot:
-    """What the modules of a model hold, to be put back: all attributes, what containers among them hold, buffers."""
+class Snapshot:
+    """What the modules of a model hold, to be put back: all attributes, and what containers among them hold.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        buffers: tensors whose values are kept too.
+    """
+
+    def __init__(self, model: nn.Module, buffers: Iterable[Tensor] = ()) -> None:
         modules = [module for module in model.modules() if not type(module).__module__.startswith(_OTHERS)]
         self.attributes = [(vars(module), dict(vars(module))) for module in modules]
         self.containers: list[tuple[Any, Any]] = [
@@ -203,7 +209,7 @@ class _Snapshot:
             for value in before.values()
             if type(value) in (dict, OrderedDict, defaultdict, list, set)
         ]
-        self.buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in model.buffers()]
+        self.buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in buffers]
 
     def restore(self) -> None:
         """Put back what has changed."""

@@ -129,3 +129,40 @@ def test_the_cut_network_is_the_silenced_one_at_another_size_and_batch(case: Cas
         other = torch.randint(0, 11, (5, *size)) if not inputs.is_floating_point() else torch.randn(5, *size).double()
         with torch.no_grad():
             assert error(cut(other), silent(other)) < 1e-9
+
+
+class Remembered(nn.Module):
+    """A bias per head that is looked up once and kept, added at the one size that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.bias = nn.Parameter(torch.randn(2, 9))
+        self.register_buffer("places", torch.arange(12) % 9)
+        self.heads = 2
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias[:, self.places]
+        heads = self.first(x).view(len(x), x.shape[1], self.heads, -1) + self.kept["bias"].mT[:, :, None]
+        return self.last(heads.relu().flatten(2))
+
+    def train(self, mode: bool = True) -> Remembered:
+        self.kept = {}
+        return super().train(mode)
+
+
+def test_what_a_model_keeps_for_its_next_run_is_still_known():
+    """A run at another size that fails leaves no tensor behind, and ``masked`` may run again."""
+    torch.manual_seed(0)
+    model, x = Remembered().double().eval(), torch.randn(2, 12, 6, dtype=torch.float64)
+    graph = pl.trace(model, x)
+    assert [group.size for group in graph.groups] == [2, 4]
+    assert ("bias", 0) not in graph.frozen
+    plan = pl.plan(pl.criteria.Magnitude()(graph), ratio=0.5, overrides={group.name: 0.5 for group in graph.groups})
+    with torch.no_grad():
+        cut, silent = pl.apply(model, plan), pl.masked(model, plan)
+        for _ in range(3):
+            assert error(cut(x), silent(x)) < 1e-12
+            x = torch.randn(3, 12, 6, dtype=torch.float64)

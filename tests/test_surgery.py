@@ -113,6 +113,45 @@ def test_a_narrower_head_keeps_its_scale(normed: bool):
         assert error(pl.apply(model, plan)(x), pl.masked(model, plan)(x)) < 1e-9
 
 
+class OneProjection(nn.Module):
+    """Attention whose queries, keys and values are rows of one weight, with a learned bias that it may keep."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.bias = nn.Parameter(torch.randn(2, 9))
+        self.register_buffer("places", torch.arange(25).reshape(5, 5) % 9)
+        self.heads, self.width, self.keeps = 2, 4, keeps
+        self.kept: dict[str, Tensor] = {}
+
+    def biases(self) -> Tensor:
+        if not self.keeps:
+            return self.bias[:, self.places]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias[:, self.places]
+        return self.kept["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 5, self.heads, -1).transpose(1, 2).split([self.width] * 3, dim=-1)
+        attended = F.scaled_dot_product_attention(q, k, v, self.biases())
+        return self.head(self.out(attended.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_queries_and_keys_of_one_weight_are_both_scaled(keeps: bool):
+    """PyTorch scales both by the root of the scale where a bias is learned, so both need the same factor."""
+    torch.manual_seed(0)
+    model, x = OneProjection(keeps).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    graph = pl.trace(model, x)
+    assert {"qkv:heads", "qkv:head_width"} <= {group.name for group in graph.groups}
+    overrides = {group.name: 0.5 for group in graph.groups}
+    plan = pl.plan(pl.criteria.get("magnitude")(graph), ratio=0.5, overrides=overrides)
+    with torch.no_grad():
+        cut, silent = pl.apply(model, plan, backend="module", check=False), pl.masked(model, plan)
+        for inputs in (x, torch.randn(2, 5, 8, dtype=torch.float64)):  # the second finds what the first has left
+            assert error(cut(inputs), silent(inputs)) < 1e-12
+
+
 class OwnScale(DefaultScale):
     """Attention written out, with a scale that its code takes from the width at hand."""
 

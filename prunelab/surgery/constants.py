@@ -50,7 +50,7 @@ def scale_fixes(
         PlanError: a constant changes, and what it multiplies is not made by rows that can be scaled.
     """
     made_by = {id(tensor): op for op in graph.tape for tensor in op.outputs}
-    found: dict[tuple[str, float], ScaleFix] = {}
+    found: dict[tuple[str, float], list[Tensor]] = {}  # queries and keys may be rows of one parameter
     for tensor, factor, what in [*_default_scales(graph, kept_size), *_changed_constants(pairs)]:
         makers = _makers(tensor, made_by, graph)
         if not makers:
@@ -59,8 +59,8 @@ def scale_fixes(
                 "write the constant into the model's code, or ignore that width."
             )
         for name, rows in makers.items():
-            found[name, factor] = ScaleFix(name, rows.unique(), factor)
-    return tuple(found.values())
+            found.setdefault((name, factor), []).append(rows.flatten())
+    return tuple(ScaleFix(name, torch.cat(rows).unique(), factor) for (name, factor), rows in found.items())
 
 
 def _default_scales(graph: DependencyGraph, kept_size: Callable[[Axis], int]) -> list[tuple[Tensor, float, str]]:

@@ -87,7 +87,10 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
     running = threading.local()
 
     def start(module: nn.Module, *_: Any) -> None:
-        axes, modes = RealAxes(module, graph), ExitStack()
+        axes, modes = getattr(running, "spare", None), ExitStack()
+        running.spare = None
+        if axes is None or not axes.fits(module):
+            axes = RealAxes(module, graph)
         if torch.is_inference_mode_enabled():  # where operators do not show what they are made of
             modes.enter_context(undisturbed())
             modes.enter_context(torch.no_grad())
@@ -100,6 +103,7 @@ def silenced(model: nn.Module, graph: DependencyGraph, kept: Kept, seen: Seen | 
         modes.close()
         if out is not None:  # as after an error, which is to be heard instead
             axes.check(kept.masks)
+            running.spare = axes  # it knows the axes of tensors that the model keeps for its next run
 
     if kept.masks:
         silent.register_forward_pre_hook(start)

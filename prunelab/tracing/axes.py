@@ -78,7 +78,9 @@ def concatenation(segments: Sequence[Axis]) -> Axis:
 
 def find(axis: Axis) -> Axis:
     """Return the node that stands for all axes unified with this one."""
-    root = axis
+    if axis._same is None:
+        return axis
+    root = axis._same
     while root._same is not None:
         root = root._same
     while axis._same is not None:
@@ -109,7 +111,10 @@ def leaves(axis: Axis) -> Iterator[Axis]:
 
 def is_frozen(axis: Axis) -> bool:
     """Tell whether no entry of the axis may be removed."""
-    return all(part.frozen is not None for part in leaves(axis))
+    axis = find(axis)
+    if axis.kind == "leaf":
+        return axis.frozen is not None
+    return all(is_frozen(part) for part in axis.parts)
 
 
 def freeze(axis: Axis, reason: str) -> None:

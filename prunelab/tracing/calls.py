@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from prunelab.errors import PlanError
 from prunelab.tracing.axes import Axis, copies, find, leaf, leaves
-from prunelab.tracing.recorder import RESTRIDES, Call, Dim, Dims, is_parametric, named_tensors
+from prunelab.tracing.recorder import RESTRIDES, Call, Dim, Dims, is_parametric, named_tensors, tensors_in
 from prunelab.tracing.rules import apply_rule
 
 if TYPE_CHECKING:
@@ -87,11 +87,19 @@ class RealAxes(TorchDispatchMode):
         self._modules = {id(module): name for name, module in model.named_modules()}
         axes = (dim.axis for dims in graph.dims.values() for dim in dims)
         twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
-        self._held = [tensor for _, tensor in named_tensors(model)]  # a model may drop a buffer, and its id goes on
-        for name, tensor in named_tensors(model):
+        held = named_tensors(model)
+        self._held = [tensor for _, tensor in held]  # a model may drop a buffer, and its id goes on
+        for name, tensor in held:
             self._names[id(tensor)] = name
             self.parameters[name] = [Dim(twin(dim.axis), dim.origins) for dim in graph.dims[name]]
             self.know(tensor, self.parameters[name])
+
+    def fits(self, model: nn.Module) -> bool:
+        """Tell whether the model still has the modules, parameters and buffers that it had, for another run."""
+        self.recent.clear()
+        held = [tensor for _, tensor in named_tensors(model)]
+        same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
+        return same and self._modules == {id(module): name for name, module in model.named_modules()}
 
     @property
     def module(self) -> str:
@@ -140,7 +148,7 @@ class RealAxes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self._quiet or func.namespace == "prim":
             return out
-        call = Call(self, func, args, kwargs, out, strides)  # type: ignore[arg-type]
+        call = Call(self, func, args, kwargs, out, tensors_in([out]), strides)  # type: ignore[arg-type]
         if not call.outputs:
             return out
         computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)

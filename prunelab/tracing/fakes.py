@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
-from prunelab.isolation import computed, held, modes_kept, uncopied
+from prunelab.isolation import held, kept_tensors, modes_kept, uncopied
 from prunelab.switches import undisturbed
 from prunelab.tracing import hooks
 
@@ -132,14 +132,15 @@ def _fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = fake_tensor(buffer, mode)
                 mode.remember(memo[id(buffer)], buffer)
-    for tensor in computed(modules):
-        memo.setdefault(id(tensor), tensor.detach())
-    for tensor in (value for _, module in modules for value in vars(module).values()):
+    for tensor in kept_tensors(module for _, module in modules):
         if isinstance(tensor, FakeTensor):
             memo.setdefault(id(tensor), fake_tensor(tensor, mode))
+        elif not tensor.is_leaf:  # which PyTorch does not copy
+            memo.setdefault(id(tensor), tensor.detach())
     found = hooks.emptied(modules, memo)
     try:
-        copied = forget(_copy(model, [module for _, module in modules], memo))
+        copied = _copy(model, [module for _, module in modules], memo)
+        copied = forget(copied) if any(_sets_mode(module) for _, module in modules) else copied
     except Exception as error:
         raise uncopied(model, error) from error
     hooks.fill(found, memo)
@@ -159,7 +160,7 @@ def _refuse(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 _IMMUTABLE = {int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType}
 _IMMUTABLE |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
-_STORES = {dict, OrderedDict, list, tuple, set}
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
@@ -171,7 +172,14 @@ def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> n
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in reversed(plain):  # what copies itself finds its own modules complete
-        state = {name: _copied(value, memo) for name, value in module.__getstate__().items()}
+        state = {
+            name: value
+            if type(value) in _IMMUTABLE
+            else type(value)()
+            if name in _HOOKS and not value and id(value) not in memo
+            else _copied(value, memo)
+            for name, value in module.__getstate__().items()
+        }
         memo[id(module)].__setstate__(state)
     return _copied(model, memo)
 
@@ -184,7 +192,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if kind is dict or kind is OrderedDict:
         memo[id(value)] = new = kind()
-        for key, part in value.items():
+        for key, part in value.items() if value else ():
             new[_copied(key, memo)] = _copied(part, memo)
         return new
     if kind is set and not value:
@@ -198,12 +206,17 @@ def _is_plain(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)
 
 
+def _sets_mode(module: nn.Module) -> bool:
+    """Tell whether something of a module's own happens when it is set to train."""
+    return type(module).train is not nn.Module.train or "train" in vars(module)
+
+
 def forget(model: nn.Module) -> nn.Module:
     """Make a model drop what it computed from its parameters and kept for later (LeViT's attention biases).
 
     Such models do so when they are set to train; every module then gets its own mode back.
     """
-    if all(type(module).train is nn.Module.train and "train" not in vars(module) for module in model.modules()):
+    if not any(map(_sets_mode, model.modules())):
         return model
     with modes_kept(model):
         model.train()

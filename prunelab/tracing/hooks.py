@@ -48,6 +48,7 @@ OTHERS = (
 )
 """Where it keeps those that have no part in one."""
 
+_ALL = (*FORWARD, *OTHERS)
 _OWN = ("torch.", "prunelab.")
 _FILLED_BY = ("append", "extend", "insert", "add", "update", "clear", "appendleft")
 _FILLER = {"RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE", "NOP", "EXTENDED_ARG", "MAKE_CELL", "NOT_TAKEN"}
@@ -95,8 +96,9 @@ def emptied(modules: Iterable[tuple[str, nn.Module]], memo: dict[int, Any]) -> F
     """
     found: Found = []
     for path, module in modules:
-        for attribute in (*FORWARD, *OTHERS):
-            hooks = vars(module).get(attribute)
+        store = vars(module)
+        for attribute in _ALL:
+            hooks = store.get(attribute)
             if hooks and id(hooks) not in memo:
                 memo[id(hooks)] = OrderedDict()
                 if attribute in FORWARD:

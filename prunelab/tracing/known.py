@@ -42,7 +42,7 @@ class _Kind(NamedTuple):
     """What an operator does: views share memory, and what is random is never known."""
 
     view: bool
-    writes: bool
+    writes: tuple[tuple[int, str], ...]
     random: bool
     tests: bool
 
@@ -52,7 +52,9 @@ def _kind(func: Any) -> _Kind:
     returns, name = func._schema.returns, func._schema.name.removeprefix("aten::")
     view = any(result.alias_info is not None and not result.alias_info.is_write for result in returns)
     random = torch.Tag.nondeterministic_seeded in func.tags
-    return _Kind(view, func._schema.is_mutable, random, name in TESTS or name in ("eq", "ne"))
+    arguments = func._schema.arguments
+    written = [(n, a.name) for n, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return _Kind(view, tuple(written), random, name in TESTS or name in ("eq", "ne"))
 
 
 class Known:
@@ -103,8 +105,8 @@ class Known:
         """Follow one call: what went in and what came out are the tensors ``given`` and ``made``."""
         kind = _kind(func)
         step = Step(func, args, kwargs, made, given)
-        small = kind.view or kind.writes or all(tensor.numel() <= LIMIT for tensor in made)
-        if small and not kind.random and all(map(self.knows, given)):
+        known = not kind.random and all(map(self.knows, given))
+        if known and (kind.view or kind.writes or all(tensor.numel() <= LIMIT for tensor in made)):
             for tensor in made:
                 if id(tensor) not in self._roots:
                     root = self._roots[id(given[0])] if kind.view and given else id(tensor)
@@ -120,13 +122,10 @@ class Known:
 
     def _forget(self, step: Step) -> None:
         """Make unknown what an operator writes to."""
-        arguments = step.func._schema.arguments
-        named = {a.name: value for a, value in zip(arguments, step.args, strict=False)} | step.kwargs
-        for argument in arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tree_leaves(named.get(argument.name)):
-                    if isinstance(tensor, Tensor) and self.knows(tensor):
-                        self._unknown.add(self._roots[id(tensor)])
+        for place, name in _kind(step.func).writes:
+            for tensor in tree_leaves(step.args[place] if place < len(step.args) else step.kwargs.get(name)):
+                if isinstance(tensor, Tensor) and self.knows(tensor):
+                    self._unknown.add(self._roots[id(tensor)])
 
     def _note_guard(self, step: Step) -> None:
         """Take a test for broken data to say that there are none."""

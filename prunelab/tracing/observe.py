@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunelab.tracing.axes import Axis, leaf, split
@@ -54,14 +54,14 @@ def with_or_without(run: Callable[[], T]) -> T:
 
 
 @contextmanager
-def observed(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Watch which attributes of ``model``, a fake copy, its sizes come from; within ``with_or_without`` only."""
+def observed(recorder: Recorder) -> Iterator[None]:
+    """Watch which attributes of the fake copy its sizes come from; within ``with_or_without`` only."""
     attempt = _ATTEMPT.get(None)
     if attempt is None or not attempt.watch:
         yield
         return
     notes = Notes(recorder.stack)
-    values, before = plant(model, notes)
+    values, before = plant(recorder.modules, notes)
     recorder.values.update(values)
     try:
         with _uncached(), Observer(recorder, notes):
@@ -102,8 +102,10 @@ class Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        self.recorder.function = name
+        out = func(*args, **kwargs)
+        self.recorder.function = ""
         if name == "__get__":
             return self.shape(args[0], out) if getattr(func.__self__, "__name__", "") == "shape" else out
         if name == "size":

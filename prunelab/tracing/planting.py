@@ -7,7 +7,9 @@ size.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from enum import Enum
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,14 +36,16 @@ _FOREIGN = ("builtins", "torch", "functools", "types", "collections", "numpy", "
 _DEPTH = 4
 
 
-def plant(model: nn.Module, notes: Notes) -> tuple[dict[Attribute, int], list[tuple[dict, str, Any]]]:
+def plant(
+    modules: Iterable[tuple[str, nn.Module]], notes: Notes
+) -> tuple[dict[Attribute, int], list[tuple[dict, str, Any]]]:
     """Replace the integers that modules and their configurations hold by observed ones.
 
     Returns:
         The value of every attribute, and what ``restore`` needs.
     """
     planter = _Planter(notes)
-    for name, module in model.named_modules():
+    for name, module in modules:
         planter.module(name, module)
     return planter.values, planter.before
 
@@ -58,6 +62,16 @@ def restore(before: list[tuple[dict, str, Any]]) -> None:
 _ABSENT = object()
 
 
+@cache
+def _own_sizes(kind: type) -> tuple[str, ...] | None:
+    """Return the attributes of a class of PyTorch that models read; ``None`` for classes of others."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return ()
+    if not kind.__module__.startswith("torch."):
+        return None
+    return _LAYERS.get(kind.__name__, ()) if kind.__module__.startswith("torch.nn.") else ()
+
+
 class _Planter:
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
@@ -69,14 +83,11 @@ class _Planter:
 
     def module(self, path: str, module: nn.Module) -> None:
         kind, store = type(module), vars(module)
-        if kind.__module__.startswith("torch."):
-            if kind.__module__.startswith("torch.nn.") and not isinstance(module, torch.jit.ScriptModule):
-                for name in _LAYERS.get(kind.__name__, ()):
-                    if name == "normalized_shape" and module.weight is not None:
-                        continue  # surgery reads it off the weight
+        names = _own_sizes(kind)
+        if names is not None:
+            for name in names:
+                if name != "normalized_shape" or module.weight is None:  # surgery reads it off the weight
                     self.entry(store, name, store.get(name), Attribute(path, (name,)))
-            return
-        if isinstance(module, torch.jit.ScriptModule):
             return
         for name, value in list(store.items()):
             if name not in _PRIVATE and not isinstance(value, (bool, str, float, Tensor)):

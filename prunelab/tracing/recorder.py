@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
-from prunelab.tracing.axes import Axis, freeze, leaf, unify
+from prunelab.tracing.axes import Axis, freeze, is_frozen, leaf, unify
 from prunelab.tracing.blame import failed
 from prunelab.tracing.blame import first_line as first_line
 from prunelab.tracing.integers import Attribute, Expression
@@ -46,6 +46,9 @@ Dims = list[Dim]
 
 _STORES = ("_parameters", "_buffers", "_modules")
 
+_OWN_HOOK: Any = "prunelab"
+"""Key of the recorder's hooks; those of others are numbered."""
+
 NUMBERS = "it holds numbers, not weights"
 """Why a buffer of integers is frozen."""
 
@@ -61,11 +64,15 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Return all tensors among values, lists and tuples of them included."""
     found: list[Tensor] = []
     for value in values:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is FakeTensor or isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):
+        elif kind not in _SINGLE and isinstance(value, (list, tuple)):
             found += tensors_in(value)
     return found
+
+
+_SINGLE = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 class Call:
@@ -75,22 +82,25 @@ class Call:
         values: argument name -> what was given, or the default.
         tensors: all tensors among the arguments, lists included.
         outputs: all tensors that it returned.
+        where: which operator it is and in which module, for a reason.
         strides: of the first argument before the call, for operators that change them in place.
     """
 
     def __init__(
-        self, recorder: Recorder, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()
+        self,
+        recorder: Recorder,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        out: Any,
+        outputs: list[Tensor],
+        strides: tuple[int, ...] = (),
     ) -> None:
-        self.recorder, self.func, self.out, self.strides = recorder, func, out, strides
+        self.recorder, self.func, self.out, self.outputs, self.strides = recorder, func, out, outputs, strides
         self.name, defaults = signature(func)
         self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        self.tensors = tensors_in(self.values.values())
-        self.outputs = tensors_in([out])
-
-    @cached_property
-    def where(self) -> str:
-        """Which operator it is and where, for a reason."""
-        return f"`{self.name}` in `{self.recorder.module or type(self.recorder.model).__name__}`"
+        self.tensors = tensors_in(self.values.values() if kwargs else args)
+        self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
 
     @property
     def owner(self) -> nn.Module:
@@ -112,7 +122,8 @@ class Call:
 
     def freeze(self, dims: Iterable[Dim], why: str = "") -> None:
         for dim in dims:
-            freeze(dim.axis, f"{self.where}{why and ' ' + why}")
+            if not is_frozen(dim.axis):
+                freeze(dim.axis, f"{self.where}{why and ' ' + why}")
 
     def freeze_if_used(self, dims: Iterable[Dim], why: str) -> None:
         """Freeze the dimensions once it is known that the model's output depends on what this call returns."""
@@ -196,7 +207,9 @@ class Recorder(TorchDispatchMode):
         integers: attributes whose value follows a cut.
         conditions: ``(outputs, dims, reason)``: dimensions to freeze if the outputs matter.
         held: if a list, calls are put there and state no equation yet.
+        modules: name and module, of the fake copy.
         sized: some call gave a size that may hold for the example alone.
+        function: name of PyTorch's function that the model's code called last, as long as it runs; empty if unknown.
         contracted: axes over which some operator adds entries up.
         made: ``(axis, where)``: sizes of tensors that code makes of one number; free if a weight has that width too.
         weight_norms: ``(v, g, dim)``: parameters whose weight is ``g · v / ‖v‖``, with a norm per entry of ``dim``.
@@ -227,6 +240,7 @@ class Recorder(TorchDispatchMode):
         self.visited: dict[str, int] = {}
         self.held: list[tuple] | None = None
         self.sized = False
+        self.function = ""
         self._dims: dict[int, Dims] = {}
         self._keep: list[Tensor] = []
         self._known = Known(shortcut.mode)
@@ -236,7 +250,8 @@ class Recorder(TorchDispatchMode):
         self.parameters: dict[str, Dims] = {}
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
-        for name, tensor in named_tensors(model):
+        self.modules = list(model.named_modules())
+        for name, tensor in [*_named(self.modules, "_parameters"), *_named(self.modules, "_buffers")]:
             why = None if tensor.is_floating_point() or tensor.is_complex() else NUMBERS
             self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
             self._names[id(tensor)] = name
@@ -244,7 +259,7 @@ class Recorder(TorchDispatchMode):
                 self.learned.append(name)
             self.know(tensor, self.parameters[name])
         self._together: dict[str, list[str]] = {}
-        for path, cell in model.named_modules():
+        for path, cell in self.modules:
             if isinstance(cell, nn.RNNCellBase):
                 own = [f"{path}.{key}".lstrip(".") for key in cell._parameters]
                 self._together |= dict.fromkeys(own, own)
@@ -279,6 +294,11 @@ class Recorder(TorchDispatchMode):
         """Return the axes of a tensor, ``None`` for one that the tracer never saw."""
         return self._dims.get(id(tensor))
 
+    def forget(self) -> None:
+        """Let go of what only a run needs."""
+        self._known = Known(self.shortcut.mode)
+        self.marks, self.described, self.conditions, self.contracted = [], [], [], []
+
     def _watch_modules(self) -> None:
         """Follow which module runs, by hooks on the fake copy; they know the stack alone, so that no cycle is made."""
         stack, failed_in = self.stack, self._failed_in
@@ -292,9 +312,10 @@ class Recorder(TorchDispatchMode):
             if sys.exc_info()[0] is not None and not failed_in:
                 failed_in.append(name)
 
-        for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(partial(enter, name=name))
-            module.register_forward_hook(leave, always_call=True)
+        for name, module in self.modules:  # as register_forward_hook does, without a handle that nobody keeps
+            module._forward_pre_hooks[_OWN_HOOK] = partial(enter, name=name)
+            module._forward_hooks[_OWN_HOOK] = leave
+            module._forward_hooks_always_called[_OWN_HOOK] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -307,31 +328,36 @@ class Recorder(TorchDispatchMode):
             out = self._run(func, args, kwargs)
         else:
             args, out = answered
-        self._known.note(func, args, kwargs, given, tensors_in([out]))
-        if self.held is None:
-            self._note(func, args, kwargs, out, strides)
-        else:
-            self.held.append((func, args, kwargs, out, strides, self.module))
+        made = tensors_in([out])
+        self._known.note(func, args, kwargs, given, made)
+        if self.held is not None:
+            self.held.append((func, args, kwargs, out, made, strides, self.module))
+        elif made:
+            self._note(func, args, kwargs, out, made, strides)
         return out
 
     def note_held(self, held: list[tuple]) -> None:
         """State the equations of calls that were held back."""
-        for *call, module in held:
+        for func, args, kwargs, out, made, strides, module in held:
             self.stack.append(module)
-            self._note(*call)
+            if made:
+                self._note(func, args, kwargs, out, made, strides)
             self.stack.pop()
         self._freeze_looked_at()
 
-    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, strides: tuple[int, ...]) -> None:
-        """State the equations of a call and put it on the tape."""
-        call = Call(self, func, args, kwargs, out, strides)
-        if not call.outputs:
-            return
+    def _note(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, made: list[Tensor], strides: tuple[int, ...]
+    ) -> None:
+        """State the equations of a call that made tensors, and put it on the tape."""
+        call = Call(self, func, args, kwargs, out, made, strides)
         self.sized = self.sized or self.sizes_matter(call)
+        computed = False
         for tensor in call.tensors:
-            if id(tensor) in self._names:
-                self._visit(self._names[id(tensor)])
-        computed = any(not is_parametric(self.dims(tensor)) for tensor in call.tensors)
+            name = self._names.get(id(tensor))
+            if name is None:
+                computed = computed or not is_parametric(self.dims(tensor))
+            elif name not in self.visited:
+                self._visit(name)
         for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
@@ -414,7 +440,17 @@ def held_as(model: nn.Module, tensor: Tensor) -> str | None:
     return None
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer once, by its first name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return every parameter, then every buffer, once, by its first name."""
+    modules = list(model.named_modules())
+    return [*_named(modules, "_parameters"), *_named(modules, "_buffers")]
+
+
+def _named(modules: Iterable[tuple[str, nn.Module]], store: str) -> Iterator[tuple[str, Tensor]]:
+    """Do as ``named_parameters`` and ``named_buffers`` do, which look for the modules anew."""
+    seen: set[int] = set()
+    for path, module in modules:
+        for name, tensor in vars(module)[store].items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, tensor

@@ -78,7 +78,7 @@ def uniform(call: Call) -> list[Dims]:
 
     A recurrent layer's own first state cannot: its width is that of the layer's kernel.
     """
-    if isinstance(call.owner, nn.RNNBase):
+    if not any(tensor.numel() for tensor in call.outputs) or isinstance(call.owner, nn.RNNBase):
         return made(call)
     out = [[Dim(leaf(size)) for size in tensor.shape] for tensor in call.outputs]
     call.recorder.made += [(dim.axis, f"{call.where} makes it, and no weight does") for dims in out for dim in dims]

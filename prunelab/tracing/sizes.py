@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prunelab.tracing.axes import is_frozen
+from prunelab.tracing.axes import is_frozen, leaves
 from prunelab.tracing.recorder import Call
 
 GIVES_SIZES = {"view", "_unsafe_view", "_reshape_alias", "slice", "split", "split_with_sizes", "unsafe_split", "repeat"}
 """Operators that the model's code gives a size or a bound."""
+
+
+GIVEN_NONE = {"linear", "matmul", "__matmul__", "flatten"}
+"""Functions that call such an operator at a size of their own, which fits at every size."""
 
 
 def depends_on_size(call: Call) -> bool:
@@ -28,15 +32,15 @@ def depends_on_size(call: Call) -> bool:
 
     That takes a dimension of each kind beside the first one, in which the samples are.
     """
-    if call.name not in GIVES_SIZES:
+    if call.name not in GIVES_SIZES or call.recorder.function in GIVEN_NONE:
         return False
     dims, out = call.dims(call.tensors[0]), call.outputs[0]
     if dims and out.dim() and out.shape[0] == dims[0].size and not dims[0].origins:
         dims = dims[1:]
-    free = [dim for dim in dims if not is_frozen(dim.axis)]
-    if call.name == "slice" and any(dim.origins for dim in free):
+    if call.name == "slice" and any(dim.origins and not is_frozen(dim.axis) for dim in dims):
         return True  # of a parameter: how much of it may follow the inputs
-    return bool(free) and any(is_frozen(dim.axis) and dim.size > 1 for dim in dims)
+    parts = [part for dim in dims for part in leaves(dim.axis)]
+    return any(part.frozen is None for part in parts) and any(part.frozen and part.size > 1 for part in parts)
 
 
 def others(inputs: Any, make: Callable[[Tensor, list[int]], Tensor]) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
+from prunelab.isolation import Snapshot
 from prunelab.switches import uncollected, without_data
 from prunelab.tracing import fakes, hooks
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
@@ -241,12 +242,13 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
     freeze_unproduced(recorder)
     graph = DependencyGraph(model, fakes.describe_inputs(example_inputs), recorder, tie(recorder), reasons)
     graph.ignored = tuple(dict.fromkeys(named.values()))
+    recorder.forget()
     return graph
 
 
 def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
     try:
-        watched = nullcontext() if recorder.held is not None else observed(copy, recorder)
+        watched = nullcontext() if recorder.held is not None else observed(recorder)
         with mode, recorder, watched:
             return copy(*args, **kwargs)
     except TraceError:
@@ -280,10 +282,11 @@ def _run_at_another_size(
 
     flops, length = list(recorder.flops), len(recorder.tape)
     for args, kwargs in others(inputs, make):
-        recorder.held = []
+        recorder.held, before = [], Snapshot(copy)
         try:
             out = _run(copy, args, kwargs, mode, recorder)
         except TraceError:
+            before.restore()  # such as a cache, which the next run would read
             continue
         finally:
             held, recorder.held = recorder.held, None
