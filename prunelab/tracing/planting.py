@@ -63,7 +63,7 @@ _ABSENT = object()
 
 
 @cache
-def _own_sizes(kind: type) -> tuple[str, ...] | None:
+def _own_sizes(kind: Any) -> tuple[str, ...] | None:
     """Return the attributes of a class of PyTorch that models read; ``None`` for classes of others."""
     if issubclass(kind, torch.jit.ScriptModule):
         return ()
