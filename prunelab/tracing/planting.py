@@ -63,7 +63,7 @@ _ABSENT = object()
 
 
 @cache
-def _own_sizes(kind: Any) -> tuple[str, ...] | None:
+def _own_sizes(kind: type[nn.Module]) -> tuple[str, ...] | None:
     """Return the attributes of a class of PyTorch that models read; ``None`` for classes of others."""
     if issubclass(kind, torch.jit.ScriptModule):
         return ()
@@ -83,7 +83,7 @@ class _Planter:
 
     def module(self, path: str, module: nn.Module) -> None:
         kind, store = type(module), vars(module)
-        names = _own_sizes(kind)
+        names = _own_sizes(kind)  # type: ignore[arg-type]  # classes are hashable
         if names is not None:
             for name in names:
                 if name != "normalized_shape" or module.weight is None:  # surgery reads it off the weight
