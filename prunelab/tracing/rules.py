@@ -28,6 +28,7 @@ from prunelab.tracing.rules_entries import (
     matrices,
     merge,
     pointwise,
+    reduced,
     restrided,
     same,
     uniform,
@@ -118,17 +119,10 @@ def group_norm(call: Call) -> list[Dims]:
 
 def reduction(call: Call) -> list[Dims]:
     """Dimensions disappear into one number each: sums, norms, means and variances are over the units that stay."""
-    dims = call.dims(call.tensors[0])
-    places = call.get("dim")
-    places = [places] if isinstance(places, int) else list(places or range(len(dims)))
-    gone = {place % len(dims) for place in places} if dims else set()
-    call.contract(*(dims[place] for place in sorted(gone)))
+    gone, kept = reduced(call)
+    call.contract(*gone)
     if call.name not in ("sum", "norm", "linalg_vector_norm", "any", "mean", "var", "var_mean", "std", "std_mean"):
-        call.freeze_if_used([dims[place] for place in gone], "reduces it")
-    if call.outputs[0].dim() == len(dims):
-        kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]
-    else:
-        kept = [dim for place, dim in enumerate(dims) if place not in gone]
+        call.freeze_if_used(gone, "reduces it")
     return [kept for _ in call.outputs]
 
 

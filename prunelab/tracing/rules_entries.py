@@ -50,6 +50,16 @@ def same(call: Call) -> list[Dims]:
     return [dims for _ in call.outputs]
 
 
+def reduced(call: Call) -> tuple[Dims, Dims]:
+    """Return the dimensions that become one number each, all where none is named, and those of the result."""
+    dims, chosen = call.dims(call.tensors[0]), call.get("dim")
+    places = [chosen] if isinstance(chosen, int) else list(chosen or range(len(dims)))
+    gone = {place % len(dims) for place in places} if dims else set()
+    stays = call.outputs[0].dim() == len(dims)
+    kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims) if stays or place not in gone]
+    return [dims[place] for place in sorted(gone)], kept
+
+
 def restrided(call: Call) -> list[Dims]:
     """``as_strided``: the same entries only where those that there are more than one of keep their strides.
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunelab.tracing.axes import leaf
-from prunelab.tracing.recorder import Call, Dim, Dims
-from prunelab.tracing.rules_entries import broadcast, is_tensor, made, made_like, unknown
+from prunelab.tracing.recorder import Call, Dims
+from prunelab.tracing.rules_entries import broadcast, is_tensor, made, made_like, reduced, unknown
 
 
 def reorder(call: Call) -> list[Dims]:
@@ -163,15 +162,8 @@ def embedding_bag(call: Call) -> list[Dims]:
 
 def statistic(call: Call) -> list[Dims]:
     """A dimension becomes one number (median, mode) that changes when entries go: it may not be cut."""
-    dims = call.dims("self")
-    chosen = call.get("dim")
-    places = [chosen] if isinstance(chosen, int) else list(chosen or range(len(dims)))
-    gone = {place % len(dims) for place in places} if dims else set()
-    call.freeze_if_used([dims[place] for place in gone], "reduces it")
-    if call.outputs[0].dim() == len(dims):
-        kept = [Dim(leaf(1)) if place in gone else dim for place, dim in enumerate(dims)]
-    else:
-        kept = [dim for place, dim in enumerate(dims) if place not in gone]
+    gone, kept = reduced(call)
+    call.freeze_if_used(gone, "reduces it")
     return [kept for _ in call.outputs]
 
 
