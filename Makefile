@@ -36,7 +36,7 @@ help: ## list these commands
 setup: $(READY) ## build the environment in .venv; tour, test and lab do it by themselves
 
 tour: setup ## prune a trained ResNet-20 on real images: runs notebooks/00_tour.ipynb into out/
-	@$(RUN) -m prunelab.notebook run notebooks/00_tour.ipynb --out $(OUT)
+	@$(RUN) -m prunelab.course.notebook run notebooks/00_tour.ipynb --out $(OUT)
 
 test: lint types unit notebooks ## run everything that CI runs
 	@echo
@@ -70,10 +70,10 @@ test-matrix: setup ## run the tests with the oldest and newest PyTorch, on Pytho
 	@$(RUN) -m tests.matrix --jobs $(JOBS)
 
 papermill: setup ## run every notebook once more, with other parameters than its own
-	@$(RUN) -m prunelab.notebook vary notebooks/*.ipynb --out $(OUT)/varied
+	@$(RUN) -m prunelab.course.notebook vary notebooks/*.ipynb --out $(OUT)/varied
 
 claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md
-	@$(RUN) -m prunelab.notebook claims notebooks/*.ipynb > notebooks/CLAIMS.md
+	@$(RUN) -m prunelab.course.notebook claims notebooks/*.ipynb > notebooks/CLAIMS.md
 
 zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
 	@$(RUN) -m bench.zoo --out bench/zoo.md

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import prunelab as pl
 from bench.record import keep
-from prunelab.curvature.hvp import hessian_product, self_product
+from prunelab.curvature.second.hvp import hessian_product, self_product
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 from bench.record import keep
-from prunelab.notebook.kernel import QUIET, START_TIMEOUT, prepare_kernel
+from prunelab.course.notebook.kernel import QUIET, START_TIMEOUT, prepare_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))

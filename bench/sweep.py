@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import prunelab as pl
-from prunelab.plots.style import png
-from prunelab.plots.sweeps import timeline
-from prunelab.sweeping.grid import shootout
-from prunelab.sweeping.machine import commit, hardware
+from prunelab.drawing.style import png
+from prunelab.experiments.figures.sweeps import timeline
+from prunelab.experiments.sweeping.grid import shootout
+from prunelab.experiments.sweeping.machine import commit, hardware
 
 GRID = {"criterion": ["random", "magnitude", "taylor", "obd"], "share": [0.5, 0.3]}
 PARAMETERS = {"epochs": 0.1, "test_images": 500, "scoring": 250, "latency_images": 0}

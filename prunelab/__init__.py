@@ -7,29 +7,40 @@ small  = pl.apply(model, plan)               # your own class, smaller
 pl.save(small, "small.safetensors")
 """
 
+from typing import Any
+
 from prunelab import criteria, data, distributed, regularizers, zoo
-from prunelab.compensation.compensate import Compensation
+from prunelab.batches.task import Task
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
-from prunelab.curvature.collect import Statistics, collect
+from prunelab.curvature.statistics.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError, DataError, OptionError, PlanError, PruneLabError, TraceError
 from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
 from prunelab.planning.choose import plan
-from prunelab.planning.plan import Plan
 from prunelab.planning.timing import Timing
+from prunelab.plans import Plan
 from prunelab.pruning.prune import prune
 from prunelab.pruning.report import Report
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
+from prunelab.surgery.refit.options import Compensation
 from prunelab.surgery.silence import masked
-from prunelab.sweeping.sweep import sweep
-from prunelab.task import Task
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph, trace
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``pl.sweep``, which is no part of the library: it stands in ``prunelab.experiments``."""
+    if name == "sweep":
+        from prunelab.experiments.sweeping.sweep import sweep
+
+        return sweep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BatchError",

@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.batches import call
-from prunelab.devices import synchronize
 from prunelab.errors import BatchError
-from prunelab.isolation import eval_mode
 from prunelab.options import module, real
-from prunelab.switches import without_data
+from prunelab.runtime.devices import synchronize
+from prunelab.runtime.isolation import eval_mode
+from prunelab.runtime.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 from prunelab.tracing.axes import size_with

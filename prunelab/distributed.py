@@ -27,11 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prunelab.batches.reading import read
+from prunelab.batches.samples import length
+from prunelab.batches.task import Task
+from prunelab.batches.trees import tree_map
 from prunelab.errors import BatchError, PlanError, PruneLabError
 from prunelab.options import module
-from prunelab.samples import length
-from prunelab.task import Task
-from prunelab.trees import tree_map
 
 T = TypeVar("T")
 
@@ -77,8 +78,6 @@ class Sharded:
                 yield content
 
     def _length(self, item: Any) -> int:
-        from prunelab.batches import read  # which knows how batches of several processes are read
-
         task = self.batches if isinstance(self.batches, Task) else Task(())
         inputs, targets = read(item, None, task, "A batch")
         return length(inputs, targets, task.samples)

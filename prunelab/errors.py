@@ -28,5 +28,9 @@ class PlanError(PruneLabError):
     """A plan does not fit the model it is applied to."""
 
 
+class MissingExtra(PruneLabError, ImportError):
+    """A package is not installed that only part of prunelab needs; the message names the extra that brings it."""
+
+
 class DataError(PruneLabError):
     """A data set, checkpoint or saved model is missing, damaged or of another kind."""

@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from prunelab.errors import PlanError
+from prunelab.runtime.extras import extra
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
+
+PLANS = "prunelab_plans"
+"""Name of the attribute in which a pruned model carries the plans that made it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Plan:
         Raises:
             PlanError: the plans are of models that have nothing to do with each other, or leave nothing of a group.
 
-        >>> from prunelab.planning.plan import Cut, Plan
+        >>> from prunelab.plans import Cut, Plan
         >>> weight = (("0.weight", 0),)
         >>> first, later = Plan((Cut("0", 6, (1, 4), weight),), None), Plan((Cut("0", 4, (1,), weight),), None)
         >>> (first + later).removed
@@ -126,12 +131,13 @@ class Plan:
 
     def table(self) -> pd.DataFrame:
         """Return one row per group that loses units: ``group``, ``units``, ``removed``, ``left`` and ``share``."""
+        pandas = extra("pandas", "tables", "Plan.table()")
         columns = ["group", "units", "removed", "left", "share"]
         rows = [
             (cut.group, cut.size, len(cut.removed), cut.size - len(cut.removed), len(cut.removed) / cut.size)
             for cut in self.cuts
         ]
-        return pd.DataFrame(rows, columns=columns)
+        return pandas.DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
         units = sum(len(cut.removed) for cut in self.cuts)

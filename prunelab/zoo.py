@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -24,6 +23,7 @@ from prunelab.cost import count
 from prunelab.errors import DataError
 from prunelab.networks import VGG, Attention, BasicBlock, EncoderBlock, ResNet, VisionTransformer
 from prunelab.options import shown
+from prunelab.runtime.extras import extra
 
 __all__ = [
     "MODELS",
@@ -202,14 +202,15 @@ def _whole_head(name: str, there: int, wanted: int) -> None:
 
 
 def _torchvision(name: str, weights: str | None = None, **options: int) -> nn.Module:
+    models = extra("torchvision.models", "vision", f"torchvision:{name}")
     try:
-        return torchvision.models.get_model(name, weights=weights, **options)
+        return models.get_model(name, weights=weights, **options)
     except (ValueError, KeyError) as error:
-        known = name in torchvision.models.list_models()
+        known = name in models.list_models()
         if not known:
             advice = "torchvision.models.list_models() lists them."
         else:
-            advice = f"It has {', '.join(one.name for one in torchvision.models.get_model_weights(name))}."
+            advice = f"It has {', '.join(one.name for one in models.get_model_weights(name))}."
         what = f"weights {weights!r} of {name}" if known else f"network {name!r}"
         raise DataError(f"torchvision has no {what} ({error}). {advice}") from error
     except OSError as error:

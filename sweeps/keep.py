@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from prunelab.sweeping import records
-from prunelab.sweeping.report import report
+from prunelab.experiments.sweeping import records
+from prunelab.experiments.sweeping.report import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "sweeps" / "results" / "quick"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import prunelab as pl
-from prunelab.sweeping.grid import read_grid
+from prunelab.experiments.sweeping.grid import read_grid
 
 HERE = Path(__file__).parent
 IMAGES = {

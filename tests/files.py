@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunelab.io.header import checksum
+from prunelab.files.header import checksum
 
 
 def header_of(path: Path) -> dict[str, Any]:

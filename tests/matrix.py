@@ -31,7 +31,9 @@ COLAB = (
 )
 """What Colab brings beside PyTorch, at its versions, and papermill, which plays the reader."""
 SPREAD = (
-    *(f"tests/test_{name}.py" for name in ("trace", "surgery", "criteria", "plan", "io", "cost", "collect", "colab")),
+    *("tests/tracing/test_trace.py", "tests/surgery/test_surgery.py", "tests/criteria/test_criteria.py"),
+    *("tests/planning/test_plan.py", "tests/planning/test_cost.py", "tests/io/test_io.py"),
+    *("tests/curvature/test_collect.py", "tests/course/test_colab.py"),
     "notebooks/00_tour.ipynb",
 )
 WHOLE = (
@@ -59,7 +61,7 @@ ENVIRONMENTS = (
     *(Environment(f"3.{n}-oldest", f"3.{n}", "oldest PyTorch, the rest newest", OLDEST) for n in (11, 12, 13)),
     *(Environment(f"3.{n}-newest", f"3.{n}", "newest versions of everything") for n in (10, 11, 12)),
     Environment("3.13-newest", "3.13", "newest versions of everything", paths=WHOLE),
-    Environment("colab", "3.12", "like Colab's", (*OLDEST, *COLAB), paths=("tests/test_colab.py",), bare=True),
+    Environment("colab", "3.12", "like Colab's", (*OLDEST, *COLAB), paths=("tests/course/test_colab.py",), bare=True),
 )
 
 

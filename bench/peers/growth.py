@@ -139,7 +139,7 @@ def finish(found: list[Row], folder: Path) -> None:
     """Draw the figure beside the page."""
     if not drawable(found):
         return
-    from prunelab.plots.style import BLUE, GREY, SPARE, VERMILLION, axes_of, picture, png
+    from prunelab.drawing.style import BLUE, GREY, SPARE, VERMILLION, axes_of, picture, png
 
     what, names = unique(found, "grows"), unique(found, "step")
     figure, panels = picture(12, 4.2), []

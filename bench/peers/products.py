@@ -18,7 +18,7 @@ from bench.peers.page import Ratio, Row, chosen, median, multiples, unique
 from bench.peers.problems import NETWORKS, Batches, differentiable_attention, forward_backward, problem
 from bench.peers.setting import Setting, devices
 from bench.peers.timing import clock, interleaved
-from prunelab.curvature.hvp import hessian_product, self_product
+from prunelab.curvature.second.hvp import hessian_product, self_product
 
 TITLE = "Hessian products"
 FLOOR = "forward and backward"

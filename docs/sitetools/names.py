@@ -1,6 +1,6 @@
 """Names of prunelab are links: in annotations, and in words where they stand as code (``pl.plan``, ``Statistics``).
 
-autodoc writes where a class was defined (``prunelab.planning.plan.Plan``); readers know it by where it is documented
+autodoc writes where a class was defined (``prunelab.plans.Plan``); readers know it by where it is documented
 (``prunelab.Plan``).  Flows in: pages and docstrings as Sphinx reads them.  Flows out: the same, with links.
 """
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelab.devices import raise_out_of_memory
+from prunelab.batches.losses import Loss, Recipe, close, own_loss, weights_of
+from prunelab.batches.samples import Places, taken
+from prunelab.batches.task import Task
+from prunelab.batches.trees import tree_leaves, tree_map
 from prunelab.errors import BatchError
-from prunelab.losses import Loss, Recipe, close, own_loss, weights_of
-from prunelab.samples import Places, taken
-from prunelab.task import Task
-from prunelab.trees import tree_leaves, tree_map
+from prunelab.runtime.devices import raise_out_of_memory
 
 WRONG = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 """What a model or a loss raises when it is given what it cannot take."""

@@ -12,27 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batch import Batch, call, shape_of
+from prunelab.batches.batch import Batch, call
+from prunelab.batches.losses import Loss, own_loss
+from prunelab.batches.mean_check import odd_labels, weighed
+from prunelab.batches.reading import own, placed, read, whole, with_loss
+from prunelab.batches.samples import length
+from prunelab.batches.task import task_of
+from prunelab.batches.trees import tree_leaves, tree_map
 from prunelab.errors import BatchError
-from prunelab.isolation import ordinary
-from prunelab.losses import Loss, own_loss
-from prunelab.reading import own, placed, read, whole, with_loss
-from prunelab.samples import length
-from prunelab.task import task_of
-from prunelab.trees import tree_leaves, tree_map
-
-__all__ = [
-    "Batch",
-    "Batches",
-    "Loss",
-    "batch_of",
-    "call",
-    "checked",
-    "device_of",
-    "mean_loss",
-    "read",
-    "shape_of",
-]
+from prunelab.runtime.isolation import ordinary
 
 Batches = Iterable[Any]
 
@@ -83,8 +71,6 @@ def checked(
         raise BatchError(f"`{needed_by}` needs an iterable of batches, such as a data loader, got {batches!r}.")
     device, number, counts, known = device_of(model), -1, False, None
     task = task_of(batches)
-    from prunelab.curvature.mean_check import odd_labels, weighed  # which knows batches
-
     for number, item in enumerate(batches):
         if isinstance(item, Batch):  # read before
             counts = True

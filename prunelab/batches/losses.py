@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.trees import tree_leaves
+from prunelab.batches.trees import tree_leaves
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelab.batches import Batch
+from prunelab.batches.batch import Batch
+from prunelab.batches.losses import is_known, weights_of
+from prunelab.batches.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from prunelab.errors import BatchError
-from prunelab.losses import is_known, weights_of
-from prunelab.switches import ignoring
-from prunelab.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from prunelab.runtime.switches import ignoring
 
 TOLERANCE = 1e-4
 """Of float32: the mean of many numbers against the mean of means.  Half precision has three digits."""

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.batch import WRONG, Batch, call
+from prunelab.batches.batch import WRONG, Batch, call
+from prunelab.batches.losses import Loss, is_own_of_torch, logits_of, own_loss, recipe_for
+from prunelab.batches.samples import places_of
+from prunelab.batches.task import Task
+from prunelab.batches.trees import tree_leaves
 from prunelab.errors import BatchError
-from prunelab.losses import Loss, is_own_of_torch, logits_of, own_loss, recipe_for
-from prunelab.samples import places_of
-from prunelab.task import Task
-from prunelab.trees import tree_leaves
 
 LABELS = ("labels", "label", "targets", "target", "y")
 """Names of targets in a mapping whose inputs have another name than the model's only argument."""

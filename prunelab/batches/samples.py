@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelab.batches.trees import tree_flatten, tree_leaves, tree_unflatten
 from prunelab.errors import BatchError
-from prunelab.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Places = tuple[int | None, ...] | str
 """A dimension for every leaf; or ``LIST``."""

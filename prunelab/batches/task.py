@@ -58,14 +58,10 @@ class Task:
     weights: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        from prunelab.distributed import Sharded  # which knows tasks
-
-        if isinstance(self.batches, (Sharded, Task)):
-            kind = type(self.batches).__name__
-            raise BatchError(
-                f"Task takes the batches themselves, not a {kind}"
-                + (": write Sharded(Task(loader, …))." if kind == "Sharded" else "; one task says all.")
-            )
+        if isinstance(self.batches, Task):
+            raise BatchError("Task takes the batches themselves, not a Task; one task says all.")
+        if _is_sharded(self.batches):
+            raise BatchError("Task takes the batches themselves, not a Sharded: write Sharded(Task(loader, …)).")
         for name in ("loss", "inputs", "targets", "outputs", "weights"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -78,5 +74,10 @@ class Task:
 
 def task_of(batches: Any) -> Task:
     """Return the task that batches come with, inside ``Sharded`` too; one that says nothing if there is none."""
-    inner = getattr(batches, "batches", batches) if type(batches).__name__ == "Sharded" else batches
+    inner = batches.batches if _is_sharded(batches) else batches
     return inner if isinstance(inner, Task) else Task(())
+
+
+def _is_sharded(batches: Any) -> bool:
+    """Tell whether batches are ``prunelab.distributed.Sharded``, which is made of tasks."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "prunelab.distributed.Sharded" for kind in type(batches).__mro__)

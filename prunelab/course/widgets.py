@@ -1,4 +1,4 @@
-"""Widgets: figures of ``plots`` that a reader can move, for a notebook with a running kernel.
+"""Widgets: figures that a reader can move, for a notebook with a running kernel.
 
 Flows in: a function from the state of some controls to a figure and a caption.  Flows out: an ipywidgets box that
 redraws the figure when a control moves.  What is slow is computed before; a move answers at once.  The only module that
@@ -23,11 +23,11 @@ import pandas as pd
 import traitlets
 from matplotlib.figure import Figure
 
+from prunelab.course.figures.units import budget_view
+from prunelab.drawing.style import png
 from prunelab.errors import PruneLabError
-from prunelab.planning.plan import Plan
-from prunelab.plots.style import png
-from prunelab.plots.units import budget_view
-from prunelab.switches import uncollected
+from prunelab.plans import Plan
+from prunelab.runtime.switches import uncollected
 from prunelab.tracing.groups import Group
 
 COLUMNS = ("criterion", "budget", "flops_kept", "params_kept", "accuracy")
@@ -171,7 +171,7 @@ def explore(draw: Callable[..., tuple[Figure, str]], **controls: Choices | ipywi
     Raises:
         PruneLabError: a control is none of these, or has nothing to choose from.
 
-    >>> from prunelab.plots import picture
+    >>> from prunelab.course.figures import picture
     >>> widget = explore(lambda bits: (picture(), f"{2**bits} levels"), bits=range(1, 9))
     >>> widget.controls["bits"].value = 3
     >>> widget.caption.value

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches
+from prunelab.criteria.stored import Stored, read, write
 from prunelab.errors import DataError, OptionError, PlanError
 from prunelab.options import flag, function, one_of, shown, whole
-from prunelab.switches import undisturbed
+from prunelab.runtime.switches import undisturbed
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.recorder import named_tensors
 from prunelab.tracing.trace import DependencyGraph
@@ -100,9 +101,10 @@ class Scores(Mapping[Group, Tensor]):
         Raises:
             DataError: the file cannot be written.
         """
-        from prunelab.criteria.kept import save  # which knows all kinds of scores
-
-        save(self, path)
+        kind = type(self).__name__
+        if KINDS.get(kind) is not type(self):
+            raise DataError(f"{path} cannot be written: only {' and '.join(KINDS)} can be kept, not a {kind}.")
+        write(Stored(kind, self.criterion, self.graph, self._tensors(), tuple(self._layers())), path)
 
     @staticmethod
     def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Scores:
@@ -117,9 +119,26 @@ class Scores(Mapping[Group, Tensor]):
             DataError: the file is missing, damaged, edited, or not one of scores.
             PlanError: the scores are of another model; the message says what differs.
         """
-        from prunelab.criteria.kept import load
+        stored = read(path, graph, KINDS)
+        try:
+            return KINDS[stored.kind]._made(stored)
+        except (KeyError, TypeError, PlanError) as error:
+            raise DataError(f"{path} is not a file of scores, or is damaged or edited: {error!r}.") from error
 
-        return load(path, graph)
+    def _layers(self) -> Iterable[str]:
+        """Return the names of the layers that are scored beside the groups."""
+        return ()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all numbers, by the name that they have in a file."""
+        found = {f"scores/{group.name}": self[group] for group in self.graph.groups}
+        return found if self.matrix is None else found | {"matrix": self.matrix}
+
+    @classmethod
+    def _made(cls, stored: Stored) -> Scores:
+        """Return the scores that are stored."""
+        by_name = {group.name: stored.tensors[f"scores/{group.name}"] for group in stored.graph.groups}
+        return cls(stored.graph, by_name, stored.criterion, stored.tensors.get("matrix"))
 
     def __getitem__(self, group: Group | str) -> Tensor:
         name = group if isinstance(group, str) else getattr(group, "name", group)
@@ -132,6 +151,10 @@ class Scores(Mapping[Group, Tensor]):
 
     def __len__(self) -> int:
         return len(self.graph.groups)
+
+
+KINDS: dict[str, type[Scores]] = {"Scores": Scores}
+"""Classes of scores that can be stored, by name."""
 
 
 class Criterion(ABC):

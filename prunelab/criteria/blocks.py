@@ -18,11 +18,10 @@ from torch import Tensor
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
 from prunelab.criteria.unknown import with_unknown
-from prunelab.curvature.collect import Statistics, statistics_for
 from prunelab.curvature.fisher import FISHERS
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.taps import IN_FIRST
-from prunelab.devices import exact
+from prunelab.curvature.statistics.collect import Statistics, statistics_for
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError
 from prunelab.options import one_of, real
 from prunelab.tracing.groups import Group, Member
@@ -93,14 +92,6 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
         values, left, right = values.transpose(1, 2), right, left
     unit = unit.view(factors.groups, -1) if member.dim == 0 else unit.expand(factors.groups, -1)
     return Block(values, left, right, unit, factors, member.dim == columns)
-
-
-def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
-    """Return ``(M + damping · mean eigenvalue · I)⁻¹`` of symmetric matrices ``[…, n, n]``; inverted in float64."""
-    values, vectors = torch.linalg.eigh(exact(matrix.cpu()))
-    values = values.clamp_min(0)
-    values = values + damping * values.mean(-1, keepdim=True).clamp_min(1e-30)
-    return ((vectors / values[..., None, :]) @ vectors.mT).to(matrix)
 
 
 @dataclass

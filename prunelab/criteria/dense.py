@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.surgeon import damped_inverse, greedy
 from prunelab.curvature import exact
-from prunelab.curvature.collect import Statistics
+from prunelab.curvature.statistics.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
-from prunelab.isolation import copied
 from prunelab.options import real, whole
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
-from prunelab.switches import undisturbed
+from prunelab.sparsity.surgeon import damped_inverse, greedy
 
 FISHERS = ("empirical", "mc", "ggn", "hessian")
 

@@ -10,7 +10,7 @@ the derivation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from prunelab.batches import Batches
-from prunelab.criteria.base import Scores
+from prunelab.criteria.base import KINDS, Scores
 from prunelab.criteria.blocks import Block, KroneckerCriterion
-from prunelab.curvature.collect import Statistics, statistics_for
-from prunelab.curvature.kronecker import Factors
+from prunelab.criteria.stored import Stored
+from prunelab.curvature.statistics.collect import Statistics, statistics_for
+from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.errors import PlanError
 from prunelab.options import one_of
 from prunelab.tracing.trace import DependencyGraph
@@ -69,6 +70,29 @@ class EigenScores(Scores):
     """
 
     layers: Mapping[str, LayerScores] = field(default_factory=dict)
+
+    def _layers(self) -> Iterable[str]:
+        return self.layers
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | {
+            f"layers/{name}/{part}": getattr(layer, part) for name, layer in self.layers.items() for part in _PARTS
+        }
+
+    @classmethod
+    def _made(cls, stored: Stored) -> EigenScores:
+        units = Scores._made(stored)
+        tensors = stored.tensors
+        layers = {
+            name: LayerScores(name, *(tensors[f"layers/{name}/{part}"] for part in _PARTS)) for name in stored.layers
+        }
+        return cls(units.graph, units.by_name, units.criterion, units.matrix, layers)
+
+
+KINDS["EigenScores"] = EigenScores
+
+_PARTS = ("importance", "Q_S", "Q_A")
+"""What is stored of every layer."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.devices import exact
+from prunelab.runtime.devices import exact
 from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab.batches import Batch, Batches, Loss, checked, device_of
+from prunelab.batches.mean_check import check_apart, check_mean, check_own
+from prunelab.batches.trees import tree_leaves, tree_map
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates
 from prunelab.criteria.memory import check_fits
-from prunelab.curvature.checkpoints import no_checkpoints
-from prunelab.curvature.collect import Statistics
 from prunelab.curvature.fisher import columns, passes, slopes
-from prunelab.curvature.mean_check import check_apart, check_mean, check_own
+from prunelab.curvature.statistics.collect import Statistics
+from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError, OptionError
-from prunelab.isolation import evaluating
 from prunelab.options import one_of, real, whole
-from prunelab.stack import user_level
-from prunelab.switches import plain_attention
+from prunelab.runtime.isolation import evaluating
+from prunelab.runtime.stack import user_level
+from prunelab.runtime.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
-from prunelab.trees import tree_leaves, tree_map
 
 CURVATURES = ("ggn", "mc", "empirical", "hessian")
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from prunelab.criteria.base import sum_by_unit
-from prunelab.criteria.blocks import Block, KroneckerCriterion, damped_inverse
-from prunelab.curvature.collect import Statistics
-from prunelab.curvature.kronecker import Factors
+from prunelab.criteria.blocks import Block, KroneckerCriterion
+from prunelab.curvature.statistics.collect import Statistics
+from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.options import one_of
+from prunelab.sparsity.surgeon import damped_inverse
 from prunelab.tracing.groups import Member
 
 
@@ -83,7 +84,7 @@ class KronOBS(KroneckerCriterion):
 
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``."""
-        inverse = damped_inverse(part.S, self.damping)
+        inverse = _inverse(part.S, self.damping, part)
         if self.quadratic_form == "published":
             return 0.5 * part.sum_rows(_published(part) / inverse.diagonal(dim1=1, dim2=2), size)
         gram = part.gram()
@@ -157,8 +158,12 @@ class COBS(KroneckerCriterion):
 
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``."""
-        s, a = (damped_inverse(factor, self.damping).diagonal(dim1=1, dim2=2) for factor in (part.S, part.A))
+        s, a = (_inverse(factor, self.damping, part).diagonal(dim1=1, dim2=2) for factor in (part.S, part.A))
         return 0.5 * part.sum_rows(torch.einsum("gnik,gi->gn", part.values**2, 1 / a) / s, size)
+
+
+def _inverse(factor: Tensor, damping: float, part: Block) -> Tensor:
+    return damped_inverse(factor, damping, f"A Kronecker factor of `{part.factors.weight}`").to(factor)
 
 
 def _published(part: Block) -> Tensor:

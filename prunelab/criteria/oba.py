@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Scores
-from prunelab.curvature.dilation import pair_matrix
 from prunelab.curvature.gradient import mean_gradient
-from prunelab.curvature.hvp import self_product
-from prunelab.curvature.one_pass import model_of
-from prunelab.curvature.pieces import check_part
-from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.second.hvp import self_product
+from prunelab.curvature.second.layer_pairs import pair_matrix
+from prunelab.curvature.second.vjp import check_part
+from prunelab.curvature.statistics.one_pass import model_of
+from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.tracing.trace import DependencyGraph
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Scores
 from prunelab.curvature import exact
-from prunelab.curvature.collect import statistics_for
 from prunelab.curvature.fisher import check_fisher
-from prunelab.curvature.hvp import hessian_product
-from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.second.hvp import hessian_product
+from prunelab.curvature.statistics.collect import statistics_for
+from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.errors import BatchError
 from prunelab.options import whole
 from prunelab.tracing.trace import DependencyGraph

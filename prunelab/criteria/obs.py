@@ -26,13 +26,13 @@ from prunelab.batches import Batches
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Scores
 from prunelab.criteria.blocks import Block, KroneckerCriterion
 from prunelab.criteria.dense import FISHERS, bowl, prune_weights, split
-from prunelab.criteria.surgeon import damped, damped_inverse, joint_saliency, saliency
-from prunelab.curvature.collect import Statistics, statistics_for
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.taps import IN_FIRST
+from prunelab.curvature.statistics.collect import Statistics, statistics_for
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError, OptionError
 from prunelab.options import one_of
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
+from prunelab.sparsity.surgeon import damped, damped_inverse, joint_saliency, saliency
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 

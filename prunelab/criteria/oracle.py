@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.curvature.collect import Statistics
-from prunelab.devices import exact
+from prunelab.curvature.statistics.collect import Statistics
 from prunelab.errors import BatchError, PlanError
-from prunelab.isolation import copied
-from prunelab.surgery.apply import Kept
+from prunelab.kept import Kept
+from prunelab.runtime.devices import exact
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
 from prunelab.surgery.silence import Change, Changes
 from prunelab.surgery.weight_norm import folded, scaled_rows
-from prunelab.switches import undisturbed
 from prunelab.tracing.axes import Axis, leaves
 from prunelab.tracing.calls import Calls, FunctionCall, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import forget

@@ -15,15 +15,15 @@ from tqdm.auto import tqdm
 
 from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
-from prunelab.curvature.checkpoints import no_checkpoints
-from prunelab.curvature.pieces import leaves, pieces, pulled, slopes
-from prunelab.curvature.statistics import Statistics
-from prunelab.curvature.twice import twice_differentiable
-from prunelab.curvature.unit_slopes import UnitSlopes
-from prunelab.devices import exact, raise_out_of_memory
+from prunelab.curvature.second.double_backward import twice_differentiable
+from prunelab.curvature.second.unit_slopes import UnitSlopes
+from prunelab.curvature.second.vjp import leaves, pieces, pulled, slopes
+from prunelab.curvature.statistics.statistics import Statistics
+from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating, replaced
 from prunelab.options import one_of, whole
+from prunelab.runtime.devices import exact, raise_out_of_memory
+from prunelab.runtime.isolation import evaluating, replaced
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 

@@ -11,10 +11,10 @@ are known to be of that model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,44 +22,54 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunelab import options
-from prunelab.criteria.base import Scores
-from prunelab.criteria.eigendamage import EigenScores, LayerScores
 from prunelab.errors import DataError, PlanError, PruneLabError
-from prunelab.io.atomic import replacing
-from prunelab.io.header import LONGEST, SUM, checksum
-from prunelab.io.steps import check_inputs
+from prunelab.files.atomic import replacing
+from prunelab.files.header import LONGEST, SUM, checksum
+from prunelab.files.inputs import check_inputs
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
 
 FORMAT = 1
 KEY = "prunelab_scores"
 """Where the header stands in safetensors' metadata."""
-PARTS = ("importance", "Q_S", "Q_A")
-"""What is kept of every layer of ``EigenScores``."""
-KINDS: dict[str, type[Scores]] = {"Scores": Scores, "EigenScores": EigenScores}
 
 
-def save(scores: Scores, path: str | PathLike[str]) -> None:
+class Stored(NamedTuple):
+    """What a file of scores holds.
+
+    Attributes:
+        kind: name of the class of scores.
+        criterion: what computed them.
+        graph: of the model that was scored.
+        tensors: by name, none sharing memory with another.
+        layers: weight names, where layers are scored too.
+    """
+
+    kind: str
+    criterion: str
+    graph: DependencyGraph
+    tensors: Mapping[str, Tensor]
+    layers: tuple[str, ...]
+
+
+def write(stored: Stored, path: str | PathLike[str]) -> None:
     """Write scores to a file, which appears whole or not at all.
 
     Raises:
         DataError: the file cannot be written, or the scores hold something that such a file cannot.
     """
-    path, kind = options.path("path", path), type(scores).__name__
-    if KINDS.get(kind) is not type(scores):
-        raise DataError(f"{path} cannot be written: only {' and '.join(KINDS)} can be kept, not a {kind}.")
-    graph = scores.graph
+    path, graph = options.path("path", path), stored.graph
     try:
-        check_inputs(graph.inputs)
-        tensors = _tensors(scores)
         data = {
             "format": FORMAT,
-            "kind": kind,
-            "criterion": scores.criterion,
+            "kind": stored.kind,
+            "criterion": stored.criterion,
             "model": type(graph.model).__name__,
-            "layers": list(scores.layers) if isinstance(scores, EigenScores) else [],
+            "layers": list(stored.layers),
             **_about(graph),
         }
+        check_inputs(data["inputs"])
+        tensors = {name: _own(value.detach().cpu()) for name, value in stored.tensors.items()}
         header = json.dumps(data | {SUM: checksum(data, tensors)}, sort_keys=True)
         with replacing(path) as fresh:
             save_file(tensors, str(fresh), metadata={KEY: header})
@@ -67,8 +77,13 @@ def save(scores: Scores, path: str | PathLike[str]) -> None:
         raise DataError(f"{path} cannot be written: {error}") from error
 
 
-def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Scores:
-    """Return the scores in a file, as those of ``graph``.
+def read(path: str | PathLike[str], graph: DependencyGraph | nn.Module, kinds: Collection[str]) -> Stored:
+    """Return what a file of scores holds, as that of ``graph``.
+
+    Args:
+        path: of the file.
+        graph: of the model that was scored, or the model itself.
+        kinds: names of the classes of scores that there are.
 
     Raises:
         DataError: the file is missing, damaged, edited, of another format, or not one of scores.
@@ -78,7 +93,7 @@ def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Score
     path = options.path("path", path)
     if not isinstance(graph, (DependencyGraph, nn.Module)):
         raise PlanError(f"Scores are loaded for a graph, or for a model, not for {options.shown(graph)}.")
-    data, tensors = _read(path)
+    data, tensors = _read(path, kinds)
     try:
         if isinstance(graph, nn.Module):
             graph = trace(graph, fakes.recall_inputs(data["inputs"]), ignore=data["ignored"])
@@ -89,10 +104,7 @@ def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Score
     if problem:
         kinds = f"a {data['model'][:100]}, this is a {type(graph.model).__name__}"
         raise PlanError(f"The scores in {path} are of another model ({kinds}): {problem}.")
-    try:
-        return _made(data, tensors, graph)
-    except (KeyError, TypeError, PlanError) as error:
-        raise DataError(f"{path} is not a file of scores, or is damaged or edited: {error!r}.") from error
+    return Stored(data["kind"], data["criterion"], graph, tensors, tuple(data["layers"]))
 
 
 # ── what the file holds ───────────────────────────────────────────────────────────────────────────────────────────
@@ -101,31 +113,14 @@ def load(path: str | PathLike[str], graph: DependencyGraph | nn.Module) -> Score
 def _about(graph: DependencyGraph) -> dict[str, Any]:
     """Return what must be the same in a graph for which scores are loaded, and what it takes to make it again."""
     groups = [[g.name, g.size, [[member.name, member.dim] for member in g.members]] for g in graph.groups]
-    return {"groups": groups, "shapes": graph.shapes, "inputs": graph.inputs, "ignored": list(graph.ignored)}
-
-
-def _tensors(scores: Scores) -> dict[str, Tensor]:
-    found = {f"scores/{group.name}": scores[group] for group in scores.graph.groups}
-    if scores.matrix is not None:
-        found["matrix"] = scores.matrix
-    for name, layer in scores.layers.items() if isinstance(scores, EigenScores) else ():
-        found |= {f"layers/{name}/{part}": getattr(layer, part) for part in PARTS}
-    return {name: _own(value.detach().cpu()) for name, value in found.items()}
+    inputs = fakes.shapes_only(graph.inputs)  # their values belong to the user
+    return {"groups": groups, "shapes": graph.shapes, "inputs": inputs, "ignored": list(graph.ignored)}
 
 
 def _own(value: Tensor) -> Tensor:
     """Return a tensor that shares no memory, since a file of tensors cannot; a whole one is not copied."""
     whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return value if whole else value.clone(memory_format=torch.contiguous_format)
-
-
-def _made(data: Mapping[str, Any], tensors: Mapping[str, Tensor], graph: DependencyGraph) -> Scores:
-    by_name = {group.name: tensors[f"scores/{group.name}"] for group in graph.groups}
-    rest = (graph, by_name, str(data["criterion"]), tensors.get("matrix"))
-    if KINDS[data["kind"]] is Scores:
-        return Scores(*rest)
-    layers = {name: LayerScores(name, *(tensors[f"layers/{name}/{part}"] for part in PARTS)) for name in data["layers"]}
-    return EigenScores(*rest, layers=layers)
 
 
 def _difference(data: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -151,7 +146,7 @@ def _difference(data: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, kinds: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise DataError(f"There are no scores at {path}.")
     try:
@@ -159,7 +154,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get(KEY)
             if text is None:
                 raise DataError("it has no header of scores")
-            data = _checked(text)
+            data = _checked(text, kinds)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
         if data.pop(SUM, None) != checksum(data, tensors):
             raise DataError("its contents do not have the checksum that was written with them")
@@ -171,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return data, tensors
 
 
-def _checked(text: str) -> dict[str, Any]:
+def _checked(text: str, kinds: Collection[str]) -> dict[str, Any]:
     """Return the header if it has the form that is written.
 
     Raises:
@@ -184,7 +179,7 @@ def _checked(text: str) -> dict[str, Any]:
         raise DataError(f"it is not of format {FORMAT}, which this version reads: update prunelab or score again")
     lists = all(isinstance(data.get(key), list) for key in ("groups", "ignored", "layers"))
     words = all(isinstance(data.get(key), str) for key in ("kind", "criterion", "model"))
-    if not lists or not words or data["kind"] not in KINDS or not isinstance(data.get("shapes"), dict):
+    if not lists or not words or data["kind"] not in kinds or not isinstance(data.get("shapes"), dict):
         raise DataError("its header lacks the kind, the groups or the shapes")
     names = [*data["ignored"], *data["layers"], *(group[0] for group in data["groups"])]
     if not all(isinstance(name, str) for name in names) or any(len(group) != 3 for group in data["groups"]):

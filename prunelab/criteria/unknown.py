@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from prunelab.criteria.base import sum_by_unit
-from prunelab.curvature.collect import Statistics, collect
+from prunelab.curvature.statistics.collect import Statistics, collect
 from prunelab.errors import BatchError
-from prunelab.stack import user_level
+from prunelab.runtime.stack import user_level
 from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 

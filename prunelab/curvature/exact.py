@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, checked, mean_loss
-from prunelab.curvature.checkpoints import no_checkpoints
+from prunelab.batches.losses import counted
+from prunelab.batches.mean_check import check_apart, check_mean, check_own
+from prunelab.batches.trees import tree_flatten, tree_unflatten
 from prunelab.curvature.fisher import sampled_labels
-from prunelab.curvature.mean_check import check_apart, check_mean, check_own
+from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError, BudgetError, PruneLabError
-from prunelab.isolation import evaluating
-from prunelab.losses import counted
-from prunelab.switches import plain_attention, undisturbed
-from prunelab.trees import tree_flatten, tree_unflatten
+from prunelab.runtime.isolation import evaluating
+from prunelab.runtime.switches import plain_attention, undisturbed
 
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
@@ -202,7 +202,7 @@ def _mean(
     if number > limit:
         raise BudgetError(
             f"A dense matrix over {number} parameters has {number**2} entries; {limit} parameters are the limit. "
-            "Name fewer with names=, raise max_parameters=, or use products (prunelab.curvature.hvp)."
+            "Name fewer with names=, raise max_parameters=, or use products (prunelab.curvature.second.hvp)."
         )
     total: Tensor | int = 0
     seen = 0.0

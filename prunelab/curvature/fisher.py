@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch
-from prunelab.devices import exact
+from prunelab.batches.losses import class_weights, counted, ignored_label, is_cross_entropy, is_known
+from prunelab.batches.trees import tree_flatten, tree_unflatten
 from prunelab.errors import BatchError
-from prunelab.losses import class_weights, counted, ignored_label, is_cross_entropy, is_known
 from prunelab.options import one_of
-from prunelab.trees import tree_flatten, tree_unflatten
+from prunelab.runtime.devices import exact
 
 FISHERS = ("empirical", "mc", "ggn")
 

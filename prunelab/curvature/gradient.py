@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss, checked, mean_loss
-from prunelab.curvature.checkpoints import no_checkpoints
+from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating
-from prunelab.switches import undisturbed
+from prunelab.runtime.isolation import evaluating
+from prunelab.runtime.switches import undisturbed
 
 
 @undisturbed()

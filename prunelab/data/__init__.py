@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from prunelab import options
-from prunelab.data.cifar import MANIFEST, cifar10, cifar100, root
+from prunelab.data.cifar import MANIFEST, cifar10, cifar100
 from prunelab.data.files import ANNOTATIONS, folder, imagenet, tiny_imagenet
 from prunelab.data.sets import CIFAR10, FileSet, Images, ImageSet, Spec, TrainTest, loader, store
 from prunelab.errors import DataError
+from prunelab.files.embedded import root
 
 __all__ = [
     "CLASSES",

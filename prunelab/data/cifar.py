@@ -9,38 +9,21 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision import datasets
 
-from prunelab.data.sets import CIFAR10, ImageSet, Spec, TrainTest, store
+from prunelab.data.sets import CIFAR10, ImageSet, Spec, TrainTest, datasets, store
 from prunelab.errors import DataError
+from prunelab.files.embedded import root
 from prunelab.options import path
+from prunelab.runtime.extras import extra
 
 MANIFEST = "manifest.json"
 CIFAR100 = Spec((), size=32, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 """Its class names come with the files."""
-
-
-def root() -> Path:
-    """Return the folder that holds the embedded images and checkpoints.
-
-    It is ``$PRUNELAB_DATA`` if set, else ``data/`` of the repository, else the copy inside the installed package.
-
-    Raises:
-        DataError: no such folder exists.
-    """
-    package = Path(__file__).resolve().parents[1]
-    named = os.environ.get("PRUNELAB_DATA")
-    candidates = [Path(named)] if named else [package.parent / "data", package / "_data"]
-    for folder in candidates:
-        if (folder / "cifar10-mini").is_dir():
-            return folder
-    looked = " and ".join(str(folder) for folder in candidates)
-    raise DataError(f"No data folder with cifar10-mini in {looked}; install prunelab again or set PRUNELAB_DATA to it.")
 
 
 class CifarSplits(TrainTest):
@@ -68,11 +51,11 @@ def cifar10(source: str | Path = "mini") -> CifarSplits:
     if source == "mini":
         return _read_sheets(root() / "cifar10-mini")
     if source == "full":
-        return _read_torchvision(datasets.CIFAR10, store(), download=True)
+        return _read_torchvision("CIFAR10", store(), download=True)
     folder = Path(source)
     if (folder / MANIFEST).is_file():
         return _read_sheets(folder)
-    return _read_torchvision(datasets.CIFAR10, folder, download=False)
+    return _read_torchvision("CIFAR10", folder, download=False)
 
 
 def cifar100(source: str | Path = "full") -> CifarSplits:
@@ -87,18 +70,17 @@ def cifar100(source: str | Path = "full") -> CifarSplits:
     Source: Krizhevsky 2009, *Learning Multiple Layers of Features from Tiny Images*.
     """
     if source == "full":
-        return _read_torchvision(datasets.CIFAR100, store(), download=True)
-    return _read_torchvision(datasets.CIFAR100, Path(source), download=False)
+        return _read_torchvision("CIFAR100", store(), download=True)
+    return _read_torchvision("CIFAR100", Path(source), download=False)
 
 
-def _read_torchvision(kind: type[datasets.CIFAR10], folder: Path, *, download: bool) -> CifarSplits:
-    name = "CIFAR-100" if kind is datasets.CIFAR100 else "CIFAR-10"
+def _read_torchvision(which: str, folder: Path, *, download: bool) -> CifarSplits:
+    small, kind = which == "CIFAR10", getattr(datasets(), which)
     try:
         if download:
             _download(kind, folder)
         parts = [kind(str(folder), train=train) for train in (True, False)]
     except Exception as error:
-        small = kind is datasets.CIFAR10
         if download:
             advice = f"Downloading needs a network: fetch {kind.filename} by hand into that folder"
             advice += ", or use 'mini', which comes with prunelab." if small else "."
@@ -106,13 +88,13 @@ def _read_torchvision(kind: type[datasets.CIFAR10], folder: Path, *, download: b
             advice = f"It holds neither {MANIFEST} nor torchvision's {kind.base_folder}; 'mini' and 'full' also work."
         else:
             advice = f"It does not hold torchvision's {kind.base_folder}; 'full' also works."
-        raise DataError(f"No readable {name} in {folder} ({error}). {advice}") from error
-    spec = CIFAR10 if kind is datasets.CIFAR10 else replace(CIFAR100, classes=tuple(parts[0].classes))
+        raise DataError(f"No readable {which.replace('R1', 'R-1')} in {folder} ({error}). {advice}") from error
+    spec = CIFAR10 if small else replace(CIFAR100, classes=tuple(parts[0].classes))
     train, test = (ImageSet(_channels_first(part.data), torch.tensor(part.targets), spec=spec) for part in parts)
     return CifarSplits(train, test)
 
 
-def _download(kind: type[datasets.CIFAR10], folder: Path) -> None:
+def _download(kind: Any, folder: Path) -> None:
     """Let torchvision fetch the files, unless they are there; jobs that start together do not disturb each other."""
     if (folder / kind.base_folder).is_dir():
         return
@@ -138,6 +120,7 @@ def _read_sheets(folder: Path) -> CifarSplits:
 
 
 def _read_split(folder: Path, split: dict) -> ImageSet:
+    image = extra("PIL.Image", "vision", "pl.data")
     targets = torch.tensor([int(digit) for digit in split["labels"]])
     sheets = []
     for name, checksum in split["sheets"].items():
@@ -146,7 +129,7 @@ def _read_split(folder: Path, split: dict) -> ImageSet:
             raise DataError(f"{path} is missing; restore it from the repository.")
         if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
             raise DataError(f"{path} is damaged: its SHA-256 differs from {MANIFEST}; restore it from the repository.")
-        pixels = np.asarray(Image.open(path).convert("RGB"))
+        pixels = np.asarray(image.open(path).convert("RGB"))
         height, width = pixels.shape[0] // 32, pixels.shape[1] // 32
         tiles = pixels.reshape(height, 32, width, 32, 3).transpose(0, 2, 1, 3, 4)
         sheets.append(_channels_first(tiles.reshape(-1, 32, 32, 3)))

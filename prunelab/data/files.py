@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torchvision.datasets import ImageFolder
-from torchvision.datasets import ImageNet as TorchvisionImageNet
-from torchvision.datasets.folder import default_loader
 
-from prunelab.data.sets import FileSet, Spec, TrainTest, store
+from prunelab.data.sets import FileSet, Spec, TrainTest, datasets, opened, store
 from prunelab.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,7 +79,7 @@ def imagenet(source: str | Path | None = None) -> TrainTest:
     if not (root / "train").is_dir() or not (root / "val").is_dir():
         try:
             for split in ("train", "val"):
-                TorchvisionImageNet(str(root), split=split)
+                datasets().ImageNet(str(root), split=split)
         except (OSError, RuntimeError) as error:
             raise DataError(f"ImageNet's archives in {root} cannot be unpacked: {error}") from error
     return _as_imagenet(root)
@@ -103,7 +101,7 @@ def folder(source: str | Path) -> TrainTest:
     root = Path(source)
     held_out = root / "test" if not (root / "val").is_dir() and (root / "test").is_dir() else root / "val"
     train = _folder(root / "train")
-    width, height = default_loader(train.samples[0][0]).size
+    width, height = opened(train.samples[0][0]).size
     spec = Spec(tuple(train.classes), 224, IMAGENET_MEAN, IMAGENET_STD, resize=256)
     if width == height <= SMALL:
         spec = Spec(tuple(train.classes), width, IMAGENET_MEAN, IMAGENET_STD)
@@ -128,9 +126,9 @@ def _place(source: str | Path | None, names: Sequence[str], title: str, advice: 
     )
 
 
-def _folder(path: Path) -> ImageFolder:
+def _folder(path: Path) -> Any:
     try:
-        return ImageFolder(str(path))
+        return datasets().ImageFolder(str(path))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path} should have a folder with images for every class: {error}") from error
 

@@ -10,18 +10,32 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import default_loader
-from torchvision.transforms import v2
 
 from prunelab.errors import DataError
+from prunelab.runtime.extras import extra
 
 Transform = Callable[[Tensor], Tensor]
 Kind = TypeVar("Kind", bound="Images")
+
+
+def transforms() -> Any:
+    """Return torchvision's transforms."""
+    return extra("torchvision.transforms.v2", "vision", "pl.data")
+
+
+def datasets() -> Any:
+    """Return torchvision's data sets."""
+    return extra("torchvision.datasets", "vision", "pl.data")
+
+
+def opened(path: str) -> Any:
+    """Return an image file as PIL has it, in three channels."""
+    return extra("torchvision.datasets.folder", "vision", "pl.data").default_loader(path)
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,14 @@ class Spec:
         Images of ``size``: a random crop after padding by 4 pixels, and a random mirror, as is usual for CIFAR.
         Larger ones: a random part of 8 to 100 % of the area, resized, and a random mirror, as is usual for ImageNet.
         """
+        v2 = transforms()
         if self.resize is None:
             return v2.Compose([v2.RandomCrop(self.size, padding=4), v2.RandomHorizontalFlip()])
         return v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()])
 
     def framing(self) -> Transform:
         """Return what is done to images that are only looked at."""
+        v2 = transforms()
         if self.resize is None:
             return v2.Identity()
         return v2.Compose([v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.size)])
@@ -170,7 +186,7 @@ class FileSet(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.files[index]
         try:
-            image = v2.functional.pil_to_tensor(default_loader(path))
+            image = transforms().functional.pil_to_tensor(opened(path))
         except OSError as error:
             raise DataError(f"{path} is no image that can be read ({error}); restore or remove it.") from error
         image = (self.augment or self.spec.framing())(image)

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, PALE, STAGES, VERMILLION, axes_of, picture, styles
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, STAGES, VERMILLION, axes_of, picture, styles
 
 
 def trajectory(table: pd.DataFrame, metric: str = "accuracy") -> Figure:

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path
 from torch import Tensor
 
+from prunelab.drawing.style import GREY, INK, PALE, picture
 from prunelab.errors import PlanError
-from prunelab.plots.style import GREY, INK, PALE, picture
 from prunelab.tracing.axes import fold, leaves
 from prunelab.tracing.recorder import Op
 

@@ -16,16 +16,16 @@ from torch import nn
 from prunelab.cost import Cost, count
 from prunelab.criteria.base import Scores
 from prunelab.criteria.eigendamage import EigenScores, LayerScores
-from prunelab.devices import exact
 from prunelab.errors import BudgetError, PlanError
 from prunelab.factorization.factorized import Factorized, Narrowed, build
 from prunelab.factorization.ranks import Layer, choose
 from prunelab.factorization.sites import Positions, Site, find, uses
-from prunelab.isolation import copied
 from prunelab.options import flag, one_of, real
+from prunelab.runtime.devices import exact
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
 from prunelab.sparsity.masks import mask_of, parameters_of
-from prunelab.surgery.modules import free
-from prunelab.switches import undisturbed
+from prunelab.surgery.layers import free
 from prunelab.tracing import fakes
 from prunelab.tracing.named import covered
 

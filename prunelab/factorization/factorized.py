@@ -18,8 +18,8 @@ from prunelab.criteria.eigendamage import LayerScores
 from prunelab.errors import PlanError
 from prunelab.factorization.bottleneck import fill, parts_of, shell
 from prunelab.factorization.sites import Site, find, put
-from prunelab.surgery.apply import PLANS
-from prunelab.surgery.modules import free
+from prunelab.plans import PLANS
+from prunelab.surgery.layers import free
 from prunelab.tracing import fakes
 
 

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, Taps
 from prunelab.errors import BatchError
 from prunelab.factorization.bottleneck import Bottleneck, BottleneckAttention, parts_of, refusal
-from prunelab.surgery.modules import FreeMultiheadAttention
-from prunelab.switches import without_data
+from prunelab.runtime.switches import without_data
+from prunelab.surgery.layers import FreeMultiheadAttention
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 
@@ -60,7 +60,7 @@ def find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
     """Return all sites by the name of their weight, and why other linear and convolution layers are none.
 
     Attention layers whose projection is to be found must be ``FreeMultiheadAttention``
-    (``prunelab.surgery.modules.free``).
+    (``prunelab.surgery.layers.free``).
     """
     sites: dict[str, Site] = {}
     dense: dict[str, str] = {}

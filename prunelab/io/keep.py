@@ -19,12 +19,13 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from prunelab import options
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import DataError, PruneLabError
-from prunelab.io import header, steps
-from prunelab.io.atomic import replacing
-from prunelab.io.header import Header
-from prunelab.isolation import copied, held
-from prunelab.surgery.apply import PLANS
-from prunelab.switches import undisturbed
+from prunelab.files import header
+from prunelab.files.atomic import replacing
+from prunelab.files.header import Header
+from prunelab.io import steps
+from prunelab.plans import PLANS
+from prunelab.runtime.isolation import copied, held
+from prunelab.runtime.switches import undisturbed
 
 
 def save(model: nn.Module, path: str | Path) -> None:

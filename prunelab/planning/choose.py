@@ -13,14 +13,14 @@ from torch import nn
 
 from prunelab.cost import CostModel
 from prunelab.criteria.base import Scores
-from prunelab.criteria.greedy import Bundle, Order, removal_order
 from prunelab.errors import BudgetError, PlanError
 from prunelab.planning import pools, widths
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, smallest_gift
 from prunelab.planning.options import COSTS, Options, check_cuttable, only_budget
-from prunelab.planning.plan import Cut, Plan
+from prunelab.planning.order import Bundle, Order, removal_order
 from prunelab.planning.timing import Timing, fit_latency
-from prunelab.switches import undisturbed
+from prunelab.plans import Cut, Plan
+from prunelab.runtime.switches import undisturbed
 from prunelab.tracing.trace import DependencyGraph
 
 

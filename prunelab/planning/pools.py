@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from prunelab.criteria.greedy import Bundle
 from prunelab.errors import OptionError, PlanError
 from prunelab.options import one_of, parts, real, shown
+from prunelab.planning.order import Bundle
 from prunelab.tracing.groups import Group
 from prunelab.tracing.named import Items, covered
 from prunelab.tracing.trace import DependencyGraph

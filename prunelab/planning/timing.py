@@ -17,8 +17,9 @@ from prunelab.cost import latency
 from prunelab.errors import BudgetError
 from prunelab.options import function, real
 from prunelab.planning.fit import TOLERANCE, Gone, Supply
-from prunelab.planning.plan import Plan
-from prunelab.switches import ignoring
+from prunelab.plans import Plan
+from prunelab.runtime.switches import ignoring
+from prunelab.surgery.apply import apply
 from prunelab.tracing import fakes
 
 
@@ -101,8 +102,6 @@ def fit_latency(
     Raises:
         BudgetError: the smallest network still takes longer.
     """
-    from prunelab.surgery.apply import apply  # surgery knows plans
-
     if target >= 1 and not plan_for(supply.settled({})).cuts:
         return supply.settled({}), {}  # nothing is to go, so there is nothing to measure
     clock, places, seen = timing.clock(model, inputs), timing.places, {}

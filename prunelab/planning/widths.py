@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prunelab.criteria.greedy import Bundle
+from prunelab.planning.order import Bundle
 from prunelab.tracing.axes import Axis, fold
 from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelab.compensation.compensate import Compensation
-from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.errors import OptionError, PruneLabError
 from prunelab.options import shown
+from prunelab.surgery.refit.options import Compensation
 
 
 def compensation(given: Any) -> Compensation | None:

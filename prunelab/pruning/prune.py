@@ -14,27 +14,27 @@ from tqdm.auto import tqdm
 
 from prunelab import criteria
 from prunelab.batches import Batches
-from prunelab.compensation.compensate import Compensation
 from prunelab.cost import count
 from prunelab.criteria import Criterion
-from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.distributed import of_rank_0, rank, weights_of_rank_0
 from prunelab.errors import OptionError
-from prunelab.isolation import copied
 from prunelab.options import flag, function, parts, shown
 from prunelab.options import whole as whole_number
 from prunelab.planning import pools
 from prunelab.planning.choose import choose
 from prunelab.planning.fit import TOLERANCE
 from prunelab.planning.options import Options, only_budget
-from prunelab.planning.plan import Plan
+from prunelab.plans import Plan
 from prunelab.pruning.given import compensation, train
 from prunelab.pruning.report import Report, metrics_of
 from prunelab.pruning.schedule import Schedule, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
 from prunelab.surgery.apply import apply
-from prunelab.switches import undisturbed
+from prunelab.surgery.refit.options import Compensation
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
 

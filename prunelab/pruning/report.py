@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from prunelab.errors import BudgetError, DataError, OptionError, PlanError
 from prunelab.options import plain_number, shown
-from prunelab.planning.plan import Plan
+from prunelab.plans import Plan
+from prunelab.runtime.extras import extra
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -54,7 +54,7 @@ class Report:
 
     def table(self) -> pd.DataFrame:
         """Return the rows as a table."""
-        return pd.DataFrame(self.rows)
+        return extra("pandas", "tables", "Report.table()").DataFrame(self.rows)
 
     def to_json(self) -> str:
         """Return rows and plans as JSON."""
@@ -82,7 +82,7 @@ class Report:
         Raises:
             BudgetError: ``evaluate`` gave no such metric.
         """
-        from prunelab.plots import trajectory
+        from prunelab.drawing.curves import trajectory
 
         if not any(metric in row for row in self.rows):
             raise BudgetError(f"The report has no {metric!r}: pass evaluate=, which must return it.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prunelab.batches import device_of
-from prunelab.devices import forked_rng
+from prunelab.runtime.devices import forked_rng
 
 
 @contextmanager

@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunelab.compensation.compensate import Compensation
-from prunelab.curvature.collect import Statistics
+from prunelab.curvature.statistics.collect import Statistics
 from prunelab.errors import DataError
+from prunelab.files.atomic import replacing
+from prunelab.files.header import checksum
 from prunelab.io import load, save
-from prunelab.io.atomic import replacing
-from prunelab.io.header import checksum
-from prunelab.isolation import copied
+from prunelab.plans import PLANS
 from prunelab.pruning.report import Report
-from prunelab.surgery.apply import PLANS
+from prunelab.runtime.isolation import copied
+from prunelab.surgery.refit.options import Compensation
 
 FORMAT = 1
 FILE = "state.json"

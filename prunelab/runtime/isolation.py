@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError, TraceError
-from prunelab.switches import layer_by_layer, undisturbed
-from prunelab.tracing.outputs import tensors_of
+from prunelab.runtime.outputs import tensors_of
+from prunelab.runtime.switches import layer_by_layer, undisturbed
 
 _HOLDS: list[tuple[int, set[int]]] = []
 """The thread of every hold, and the ``id`` of all modules and parameters that it holds."""

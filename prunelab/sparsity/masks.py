@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunelab.devices import exact
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import PlanError
-from prunelab.isolation import copied, modes_kept
-from prunelab.surgery.apply import PLANS
-from prunelab.surgery.modules import layer_type
-from prunelab.switches import undisturbed
+from prunelab.plans import PLANS
+from prunelab.runtime.devices import exact
+from prunelab.runtime.isolation import copied, modes_kept
+from prunelab.runtime.switches import undisturbed
+from prunelab.surgery.layers import layer_type
 
 LAYERS = (
     nn.Linear,

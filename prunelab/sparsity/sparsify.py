@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BudgetError, OptionError, PlanError
-from prunelab.isolation import copied
 from prunelab.options import flag, one_of, parts, real, shown
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
-from prunelab.switches import undisturbed
 
 
 def sparsify(

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.devices import exact
 from prunelab.errors import BudgetError
 from prunelab.options import real
+from prunelab.runtime.devices import exact
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from prunelab.batches import call, device_of
-from prunelab.devices import forked_rng
 from prunelab.errors import BatchError, PlanError
-from prunelab.isolation import copied, eval_mode
-from prunelab.switches import undisturbed
+from prunelab.kept import Kept
+from prunelab.plans import Plan
+from prunelab.runtime.devices import forked_rng
+from prunelab.runtime.isolation import copied, eval_mode
+from prunelab.runtime.stack import user_level
+from prunelab.runtime.switches import undisturbed
+from prunelab.surgery.silence import silenced
 from prunelab.tracing import fakes, hooks
 from prunelab.tracing.calls import Calls, innermost, tensors_of
 from prunelab.tracing.recorder import named_tensors
+from prunelab.tracing.trace import DependencyGraph
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """How far apart the outputs may be, relative to the largest; rounding takes a hundredth of that, a wrong cut more.
@@ -153,3 +159,17 @@ def _difference(found: list[Tensor], wanted: list[Tensor]) -> float | None:
         if apart > allowed:
             return apart
     return None
+
+
+def example_for(model: nn.Module, plan: Plan, graph: DependencyGraph, kept: Kept) -> Example | None:
+    """Return what a cut network is compared by; ``None``, with a warning, if the model has no data."""
+    if not kept.masks:
+        return None
+    if not has_data(model):
+        warnings.warn(
+            f"The cut {type(model).__name__} was not compared with pl.masked: its weights have no data. Compare them "
+            "once it has, or pass check=False.",
+            stacklevel=user_level(),
+        )
+        return None
+    return Example(partial(silenced, model, graph, kept), plan.inputs)

@@ -8,15 +8,13 @@ Flows in: an operator of the whole model, its axes and what stays of them.  Flow
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunelab.errors import PlanError
+from prunelab.kept import Kept
 from prunelab.tracing.axes import regroup
 from prunelab.tracing.recorder import Op, signature
 from prunelab.tracing.trace import DependencyGraph
-
-if TYPE_CHECKING:
-    from prunelab.surgery.apply import Kept
 
 
 def compare_integers(graph: DependencyGraph, cut: DependencyGraph, kept: Kept, pairs: list[tuple[Op, Op]]) -> None:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prunelab.errors import PlanError
-from prunelab.isolation import copied
-from prunelab.planning.plan import Plan
-from prunelab.surgery.apply import Kept, masks, open_plan
-from prunelab.surgery.modules import pack_by_hand
+from prunelab.kept import Kept, masks, open_plan
+from prunelab.plans import Plan
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import undisturbed
+from prunelab.surgery.layers import pack_by_hand
 from prunelab.surgery.weight_norm import folded, scaled_rows
 from prunelab.surgery.weighted import WEIGHTED, statistic, weighted
-from prunelab.switches import undisturbed
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.calls import FunctionCall, Given, RealAxes, WatchedCalls, tensors_of
 from prunelab.tracing.fakes import forget

@@ -9,17 +9,14 @@ Flows in: the axes of a model, what stays of them, and its parameters.  Flows ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prunelab.errors import PlanError
+from prunelab.kept import Kept
 from prunelab.tracing.trace import DependencyGraph
-
-if TYPE_CHECKING:
-    from prunelab.surgery.apply import Kept
 
 
 def scaled_rows(graph: DependencyGraph) -> set[tuple[str, int]]:

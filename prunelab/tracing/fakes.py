@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 
 from prunelab.distributed import refuse_wrapped
 from prunelab.errors import BatchError, TraceError
-from prunelab.isolation import held, kept_tensors, modes_kept, uncopied
-from prunelab.switches import undisturbed
+from prunelab.runtime.isolation import held, kept_tensors, modes_kept, uncopied
+from prunelab.runtime.switches import undisturbed
 from prunelab.tracing import hooks
 
 Inputs = Tensor | tuple | list | Mapping[str, Any]

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunelab.errors import TraceError
+from prunelab.runtime.outputs import tensors_of
 from prunelab.tracing.axes import Axis, freeze, is_frozen, leaf, unify
 from prunelab.tracing.blame import failed
 from prunelab.tracing.blame import first_line as first_line
 from prunelab.tracing.integers import Attribute, Expression
 from prunelab.tracing.known import Known, asks
-from prunelab.tracing.outputs import tensors_of
 from prunelab.tracing.shortcut import Shortcut
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
-from prunelab.isolation import Snapshot
-from prunelab.switches import uncollected, without_data
+from prunelab.runtime.isolation import Snapshot
+from prunelab.runtime.outputs import result_tensors
+from prunelab.runtime.switches import uncollected, without_data
 from prunelab.tracing import fakes, hooks
 from prunelab.tracing.axes import Axis, freeze, leaf, leaves
 from prunelab.tracing.blame import failed
@@ -27,7 +28,6 @@ from prunelab.tracing.groups import Group, make_bundles, make_groups, module_of
 from prunelab.tracing.made import freeze_unproduced
 from prunelab.tracing.named import covered
 from prunelab.tracing.observe import observed, with_or_without
-from prunelab.tracing.outputs import result_tensors
 from prunelab.tracing.recorder import Dim, Op, Recorder
 from prunelab.tracing.rules import apply_rule
 from prunelab.tracing.shortcut import Shortcut
@@ -148,7 +148,7 @@ class DependencyGraph:
         Raises:
             PlanError: ``groups`` names one that there is not, or the network is too large for a figure.
         """
-        from prunelab.tracing.drawing import draw
+        from prunelab.drawing.network import draw
 
         return draw(self, groups)
 

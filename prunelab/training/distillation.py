@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.errors import BudgetError
-from prunelab.isolation import modes_kept
+from prunelab.runtime.isolation import modes_kept
 
 
 @dataclass(frozen=True)

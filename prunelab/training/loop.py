@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from prunelab import data
-from prunelab.devices import accelerator
 from prunelab.errors import BudgetError, DataError
-from prunelab.isolation import eval_mode
+from prunelab.runtime.devices import accelerator
+from prunelab.runtime.isolation import eval_mode
 from prunelab.training.distillation import Distillation
 from prunelab.training.recipes import Recipe
 

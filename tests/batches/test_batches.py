@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.curvature.collect import collect
-from prunelab.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from tests.test_losses import Output
+from prunelab.batches.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from prunelab.curvature.statistics.collect import collect
+from tests.batches.test_losses import Output
 
 FIRST_ORDER = ["taylor", "oracle"]
 SECOND_ORDER = ["obd", "gate", "oba", "quadratic", "kron_obd"]

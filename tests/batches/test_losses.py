@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature import exact
-from prunelab.curvature.collect import collect
 from prunelab.curvature.gradient import mean_gradient
-from prunelab.curvature.hvp import ggn_product, hessian_product
+from prunelab.curvature.second.hvp import ggn_product, hessian_product
+from prunelab.curvature.statistics.collect import collect
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0, 0.5], dtype=torch.float64)
 LOSSES: dict[str, Any] = {

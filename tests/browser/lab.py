@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 from playwright.sync_api import ConsoleMessage, Page
 
-from prunelab.notebook.kernel import prepare_kernel
+from prunelab.course.notebook.kernel import prepare_kernel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -14,8 +14,8 @@ from tests.browser.reader import ANSWER, BUSY, Widget, run_all
 
 SLOW = """
 import time
-from prunelab.plots import picture
-from prunelab.widgets import explore
+from prunelab.course.figures import picture
+from prunelab.course.widgets import explore
 
 drawn = []
 

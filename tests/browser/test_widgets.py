@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 import prunelab as pl
-from prunelab.sweeping.explore import EXAMPLE
+from prunelab.experiments.sweeping.explore import EXAMPLE
 from tests.browser.lab import copy
 from tests.browser.reader import Answer, Widget, label, moves, run_all
 

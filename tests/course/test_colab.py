@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CELLS = {cell.id: cell.source for cell in nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4).cells}
 SETUP = CELLS["setup"]
 OF_TORCHVISION = {"torch", "torchvision", "numpy", "pillow"}

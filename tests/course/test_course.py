@@ -10,9 +10,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from prunelab.notebook.save import LARGEST, MACHINE_PATH
+from prunelab.course.notebook.save import LARGEST, MACHINE_PATH
 
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 BOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
 ORDER = ["title", "learn", "setup-text", "setup", "parameters-text", "parameters", "validate"]
@@ -76,7 +76,7 @@ def test_every_parameter_has_a_type_and_a_remark(name):
 @NB
 def test_it_was_saved_with_outputs_and_without_errors(name):
     counts = [cell.execution_count for cell in code(name)]
-    assert counts == list(range(1, len(counts) + 1)), "run `python -m prunelab.notebook save` on it"
+    assert counts == list(range(1, len(counts) + 1)), "run `python -m prunelab.course.notebook save` on it"
     outputs = [output for cell in code(name) for output in cell.outputs]
     assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
     assert "widgets" not in BOOKS[name].metadata

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import compensation as exercises
-from prunelab.plots import compensation as figures
+from prunelab.course.exercises import compensation as exercises
+from prunelab.course.figures import compensation as figures
 
 
 @pytest.mark.parametrize(

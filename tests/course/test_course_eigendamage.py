@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import eigendamage as exercises
-from prunelab.plots import eigendamage as figures
+from prunelab.course.exercises import eigendamage as exercises
+from prunelab.course.figures import eigendamage as figures
 
 
 def scores(W, A, S):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from matplotlib.colors import to_hex
 
 from bench import finetuning
+from prunelab.course.exercises import iterative as exercises
+from prunelab.course.figures import iterative as figures
 from prunelab.data import ImageSet
-from prunelab.exercises import iterative as exercises
-from prunelab.plots import iterative as figures
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunelab.exercises import kfac as exercises
-from prunelab.plots import kfac as figures
+from prunelab.course.exercises import kfac as exercises
+from prunelab.course.figures import kfac as figures
 
 SIZES = torch.arange(6)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import prunelab as pl
-from prunelab.exercises import magnitude as exercises
-from prunelab.plots import magnitude as figures
+from prunelab.course.exercises import magnitude as exercises
+from prunelab.course.figures import magnitude as figures
 
 
 def rows_of(weight, dim, p):

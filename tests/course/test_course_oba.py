@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from prunelab.exercises import oba as exercises
-from prunelab.plots import oba as figures
+from prunelab.course.exercises import oba as exercises
+from prunelab.course.figures import oba as figures
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prunelab.exercises import obd as exercises
-from prunelab.plots import obd as figures
-from prunelab.plots import png
+from prunelab.course.exercises import obd as exercises
+from prunelab.course.figures import obd as figures
+from prunelab.course.figures import png
 
 
 @pytest.mark.parametrize(

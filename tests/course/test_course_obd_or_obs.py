@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import obd_or_obs as exercises
-from prunelab.plots import obd_or_obs as figures
+from prunelab.course.exercises import obd_or_obs as exercises
+from prunelab.course.figures import obd_or_obs as figures
 
 
 def narrow(h):

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import obs as exercises
-from prunelab.plots import obs as figures
+from prunelab.course.exercises import obs as exercises
+from prunelab.course.figures import obs as figures
 
 H = np.array([[2.0, 1.2], [1.2, 1.0]])
 

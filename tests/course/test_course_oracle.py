@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import oracle as exercises
-from prunelab.plots import oracle as figures
+from prunelab.course.exercises import oracle as exercises
+from prunelab.course.figures import oracle as figures
 
 
 def value_correlation(first, second):

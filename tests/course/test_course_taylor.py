@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import taylor as exercises
-from prunelab.plots import taylor as figures
+from prunelab.course.exercises import taylor as exercises
+from prunelab.course.figures import taylor as figures
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from matplotlib.colors import to_hex
 
 import prunelab as pl
-from prunelab.exercises import tracing as exercises
-from prunelab.plots import tracing as figures
-from prunelab.plots.style import BLUE
+from prunelab.course.exercises import tracing as exercises
+from prunelab.course.figures import tracing as figures
+from prunelab.drawing.style import BLUE
 
 
 def closure(pairs, start, *, back=True, passes=9):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import prunelab as pl
+from prunelab.course.exercises import transformers as exercises
+from prunelab.course.figures import picture
+from prunelab.course.figures import transformers as figures
+from prunelab.course.widgets import ToggleGrid, explore
 from prunelab.errors import PruneLabError
-from prunelab.exercises import transformers as exercises
-from prunelab.plots import picture
-from prunelab.plots import transformers as figures
-from prunelab.widgets import ToggleGrid, explore
 
 
 @pytest.mark.parametrize(

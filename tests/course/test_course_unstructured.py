@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from prunelab.exercises import unstructured as exercises
-from prunelab.plots import unstructured as figures
+from prunelab.course.exercises import unstructured as exercises
+from prunelab.course.figures import unstructured as figures
 
 
 def by_topk(weight, n, m, largest=True):

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunelab.exercises import tour as exercises
+from prunelab.course.exercises import tour as exercises
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
 def test_the_solutions_are_right(path):
-    checkers = importlib.import_module(f"prunelab.exercises.{path.stem[3:]}")
+    checkers = importlib.import_module(f"prunelab.course.exercises.{path.stem[3:]}")
     found: dict = {}
     for block in BLOCK.findall(path.read_text(encoding="utf-8")):
         exec(block, found)
@@ -30,7 +30,7 @@ def test_the_solutions_are_right(path):
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
 def test_an_empty_answer_is_told_to_replace_the_dots(path):
-    checkers = importlib.import_module(f"prunelab.exercises.{path.stem[3:]}")
+    checkers = importlib.import_module(f"prunelab.course.exercises.{path.stem[3:]}")
     for name in checkers.__all__:
         verdict = getattr(checkers, name)(lambda *given: ...)
         assert not verdict

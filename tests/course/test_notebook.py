@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import prunelab as pl
-from prunelab.notebook import RESULT, Between, clean, publish_result, readable, validate
-from prunelab.notebook.__main__ import main
+from prunelab.course.notebook import RESULT, Between, clean, publish_result, readable, validate
+from prunelab.course.notebook.__main__ import main
 
 
 def cell(source: str, *tags: str):
@@ -111,7 +111,7 @@ def test_a_table_for_people_has_percent_and_millions():
 
 PARAMETERS = cell("x: float = 1.0  # a number\nresult_path: str = ''  # file for the results", "parameters")
 PUBLISH = (
-    "import pandas as pd\nfrom prunelab.notebook import publish_result\n"
+    "import pandas as pd\nfrom prunelab.course.notebook import publish_result\n"
     "publish_result('small', {'x': x}, pd.DataFrame({'z': [x], 'accuracy': [x / 10]}), result_path)"
 )
 
@@ -120,7 +120,7 @@ def test_a_run_leaves_notebook_page_and_result_and_prints_the_table(tmp_path):
     links = new_markdown_cell("[index](README.md), [paper](https://example.org), [above](#top)")
     notebook = write(tmp_path / "small.ipynb", PARAMETERS, links, cell(PUBLISH))
     before = notebook.read_bytes()
-    line = [sys.executable, "-m", "prunelab.notebook", "run", "small.ipynb", "--out", "out", "-p", "x", "2.5"]
+    line = [sys.executable, "-m", "prunelab.course.notebook", "run", "small.ipynb", "--out", "out", "-p", "x", "2.5"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "small.json").read_text())["parameters"] == {"x": 2.5}
@@ -200,9 +200,8 @@ def test_a_notebook_that_may_not_be_committed_is_not_saved(tmp_path, command, so
 
 
 def test_cleaning_drops_progress_bars(tmp_path, command):
-    source = (
-        "import time\nfrom prunelab.notebook import progress\nfor _ in progress(range(3), 'waiting'): time.sleep(0.7)"
-    )
+    source = "import time\nfrom prunelab.course.notebook import progress\n"
+    source += "for _ in progress(range(3), 'waiting'): time.sleep(0.7)"
     counted = "from tqdm.auto import tqdm\nwith tqdm(unit='unit') as bar: bar.update(3)"
     path = write(tmp_path / "w.ipynb", cell(source), cell(counted))
     book = nbformat.read(path, as_version=4)

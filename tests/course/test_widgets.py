@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 import prunelab as pl
+from prunelab.course.figures import picture
+from prunelab.course.widgets import LONG_PAUSE, PAUSE, budget_slider, explore
 from prunelab.errors import PruneLabError
-from prunelab.plots import picture
-from prunelab.widgets import LONG_PAUSE, PAUSE, budget_slider, explore
 
 
 @pytest.fixture

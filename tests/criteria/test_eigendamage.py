@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria.blocks import block
-from tests.test_kron import KINDS, close, dense, factored, members, owned
-from tests.test_kron import member as fake_member
+from tests.criteria.test_kron import KINDS, close, dense, factored, members, owned
+from tests.criteria.test_kron import member as fake_member
 
 
 def direction(factors, side: str, group: int, index: int, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import SwinTransformer, SwinTransformer
 import prunelab as pl
 from prunelab.criteria.gate import Gate
 from prunelab.criteria.gates import Gates
-from prunelab.planning.plan import Cut
+from prunelab.plans import Cut
 from tests.cases import Grouped, perturb
 
 Batch = tuple[Tensor, Tensor]

@@ -14,7 +14,7 @@ def found_with(seed: int, *arguments: str) -> dict[str, Any]:
     """Return what ``tests.anywhere`` finds in a process with this hash seed."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.anywhere", *arguments],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"PYTHONHASHSEED": str(seed)},
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria.blocks import block
-from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.tracing.axes import leaf
 from prunelab.tracing.groups import Member
 from tests.cases import Embedded

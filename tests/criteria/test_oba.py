@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab import zoo
 from prunelab.curvature import exact, mean_gradient
-from prunelab.curvature.collect import collect
-from prunelab.curvature.hvp import PARTS
+from prunelab.curvature.second.hvp import PARTS
+from prunelab.curvature.statistics.collect import collect
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab import zoo
 from prunelab.curvature import exact
-from prunelab.curvature.collect import collect
+from prunelab.curvature.statistics.collect import collect
 
 DENSE = {
     "empirical": lambda model, batches: exact.fisher(model, batches, kind="empirical"),

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria.obs import prune_weights
-from prunelab.criteria.surgeon import (
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.sparsity.masks import density
+from prunelab.sparsity.surgeon import (
     damped_inverse,
     downdate,
     greedy,
@@ -20,8 +22,6 @@ from prunelab.criteria.surgeon import (
     joint_update,
     saliency,
 )
-from prunelab.curvature.kronecker import Factors
-from prunelab.sparsity.masks import density
 from tests.cases import perturb
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prunelab as pl
 from prunelab.criteria.oracle import loss_changes
-from prunelab.planning.plan import Cut
+from prunelab.plans import Cut
 from tests.cases import OWN, Case, images
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab import zoo
 from prunelab.curvature import exact, mean_gradient
-from prunelab.curvature.collect import collect
+from prunelab.curvature.statistics.collect import collect
 from tests.cases import Grouped, perturb
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunelab as pl
-from prunelab.criteria.kept import KEY
+from prunelab.criteria.stored import KEY
 
 LAYERS = {"random": {}, "magnitude": {}, "taylor": {}, "obd": {"fisher": "mc"}, "gate": {"interactions": True}}
 LAYERS |= {"kron_obs": {}, "eigendamage": {"correction": "ekfac"}, "oracle": {"progress": False}, "bn_scale": {}}
@@ -68,10 +68,10 @@ def test_another_process_plans_the_same(graph, batches, tmp_path):
     scores.save(tmp_path / "scores.safetensors")
     torch.save(graph.model.state_dict(), tmp_path / "weights.pt")
     code = (
-        "import sys, prunelab as pl\nfrom tests.test_keep_scores import net\n"
+        "import sys, prunelab as pl\nfrom tests.criteria.test_stored import net\n"
         "print(pl.plan(pl.Scores.load(sys.argv[1], net()), flops=0.5).to_json())"
     )
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     run = [sys.executable, "-c", code, str(tmp_path / "scores.safetensors")]
     found = subprocess.run(run, cwd=here, capture_output=True, text=True, check=True).stdout
     assert pl.Plan.from_json(found) == pl.plan(scores, flops=0.5)
@@ -175,3 +175,18 @@ def test_graphs_and_scores_can_be_copied_and_pickled(batches, again):
     assert plan == pl.plan(scores, ratio=0.5)
     inputs = batches[0][0]
     assert torch.equal(pl.apply(copied.graph.model, plan)(inputs), pl.apply(graph.model, plan)(inputs))
+
+
+def test_scores_of_a_model_of_tokens_are_kept_without_the_tokens(tmp_path):
+    torch.manual_seed(0)
+    model, tokens = (
+        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 9)),
+        torch.arange(4)[None],
+    )
+    scores = pl.criteria.get("magnitude")(pl.trace(model, tokens))
+    scores.save(tmp_path / "scores.safetensors")
+    assert b"values" not in (tmp_path / "scores.safetensors").read_bytes()
+    for of in (pl.trace(model, tokens), model):
+        again = pl.Scores.load(tmp_path / "scores.safetensors", of)
+        assert list(again.by_name) == list(scores.by_name) == ["0", "1"]
+        assert all(torch.equal(again.by_name[name], scores.by_name[name]) for name in scores.by_name)

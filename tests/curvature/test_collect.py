@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature import mean_gradient, statistics_for
-from prunelab.curvature.accumulators import ACCUMULATORS
-from prunelab.curvature.collect import Statistics, collect
+from prunelab.curvature.statistics.accumulators import ACCUMULATORS
+from prunelab.curvature.statistics.collect import Statistics, collect
 from prunelab.errors import BatchError, BudgetError
 
 ALL = frozenset(ACCUMULATORS)

@@ -12,9 +12,10 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from prunelab import zoo
-from prunelab.curvature import exact, hvp
-from prunelab.curvature.dual_mode import CONVOLUTIONS, SHORTER, WRONG
-from prunelab.curvature.hvp import PARTS, hessian_product, product, self_product
+from prunelab.curvature import exact
+from prunelab.curvature.second import hvp
+from prunelab.curvature.second.dual_mode import CONVOLUTIONS, SHORTER, WRONG
+from prunelab.curvature.second.hvp import PARTS, hessian_product, product, self_product
 from tests.cases import perturb
 
 
@@ -248,7 +249,7 @@ def test_two_ways_to_write_a_function_have_one_product(way, name, only):
 
 def test_nothing_is_kept_of_tokens_squared():
     """What the backward pass waits with is of the size of queries, keys and values."""
-    from prunelab.curvature.dual_attention import Attention
+    from prunelab.curvature.second.dual_attention import Attention
 
     six = [torch.randn(2, 3, 50, 4, requires_grad=True) for _ in range(6)]
     kept: list[int] = []

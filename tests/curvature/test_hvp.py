@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature import exact
-from prunelab.curvature.hvp import PARTS, functional_product, ggn_product, hessian_product, product, self_product
+from prunelab.curvature.second.hvp import PARTS, functional_product, ggn_product, hessian_product, product, self_product
 from tests.cases import perturb
 
 

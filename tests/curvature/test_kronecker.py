@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.curvature.collect import collect
-from prunelab.curvature.factor_sums import gram
-from prunelab.curvature.kronecker import Factors, eigh
+from prunelab.curvature.statistics.collect import collect
+from prunelab.curvature.statistics.factor_sums import gram
+from prunelab.curvature.statistics.kronecker import Factors, eigh
 from prunelab.errors import BudgetError
 
 CONVS = {

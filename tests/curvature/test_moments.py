@@ -11,11 +11,11 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torch.autograd.functional import hessian as hessian_of
 
-from prunelab.curvature import products
-from prunelab.curvature.collect import collect
 from prunelab.curvature.fisher import sampled_labels
-from prunelab.curvature.layout import Layout, routes
-from prunelab.curvature.one_pass import evaluating
+from prunelab.curvature.statistics import squared_products
+from prunelab.curvature.statistics.collect import collect
+from prunelab.curvature.statistics.one_pass import evaluating
+from prunelab.curvature.watching.samples import Layout, routes
 from prunelab.errors import BatchError
 from tests.cases import OWN, ZOO, Case
 
@@ -302,7 +302,7 @@ def test_chunks_of_any_size_give_the_same(monkeypatch):
     model, inputs = MORE[0].make()
     targets = torch.arange(4) % 3
     whole = collect(model, [(inputs, targets)], {"moments"}).moments
-    monkeypatch.setitem(products.CHUNK, "cpu", 1)
+    monkeypatch.setitem(squared_products.CHUNK, "cpu", 1)
     agree(collect(model, [(inputs, targets)], {"moments"}).moments, whole)
 
 
@@ -349,8 +349,8 @@ class Mean(nn.Linear):
 @pytest.mark.parametrize("chunk", [1, 300, 2**19])
 @pytest.mark.parametrize("positions", [1, 2, 4, 5, 9])
 def test_squared_products_by_pairs_or_by_pieces(positions, chunk, monkeypatch):
-    monkeypatch.setitem(products.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(squared_products.CHUNK, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(7, 2, rows, positions, generator=generator).double() for rows in (11, 3))
-    found = products.squared_products(lambda n: left[n], lambda n: right[n], 7, (2, 11, 3, positions))
+    found = squared_products.squared_products(lambda n: left[n], lambda n: right[n], 7, (2, 11, 3, positions))
     torch.testing.assert_close(found, (left @ right.mT).square().sum(0))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.curvature.collect import collect
-from prunelab.curvature.taps import Taps
+from prunelab.curvature.statistics.collect import collect
+from prunelab.curvature.watching.layer_calls import Taps
 from prunelab.surgery.silence import masked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*samples are too few")

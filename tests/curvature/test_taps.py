@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, Taps
 from tests.cases import CASES, error
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria import quadratic
-from prunelab.curvature.one_pass import evaluating
-from prunelab.curvature.unit_slopes import UnitSlopes
+from prunelab.curvature.second.unit_slopes import UnitSlopes
+from prunelab.curvature.statistics.one_pass import evaluating
 from tests.cases import Embedded, Grouped, perturb
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import prunelab as pl
-from prunelab import shootout
-from prunelab.exercises import shootout as exercises
-from prunelab.notebook import validate
-from prunelab.plots import shootout as figures
+from prunelab.course.exercises import shootout as exercises
+from prunelab.course.notebook import validate
+from prunelab.experiments import shootout
+from prunelab.experiments.figures import shootout as figures
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "15_shootout.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "15_shootout.ipynb"
 SMALL = {"scoring": 48, "test_images": 60, "images": 64, "batch_size": 32, "epochs": 1.0, "latency_images": 0}
 
 

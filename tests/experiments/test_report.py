@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from prunelab.__main__ import main
-from prunelab.plots.sweeps import looks, pareto, ranking
-from prunelab.shootout.compare import bootstrap, mean_ranks, pareto_front
-from prunelab.sweeping import analysis, explore, records
-from prunelab.sweeping.report import findings, report
+from prunelab.experiments.figures.sweeps import looks, pareto, ranking
+from prunelab.experiments.shootout.compare import bootstrap, mean_ranks, pareto_front
+from prunelab.experiments.sweeping import analysis, explore, records
+from prunelab.experiments.sweeping.report import findings, report
 from tests.sweeps import write_sweep
 
 SHARES, SEEDS = (0.5, 0.3), (0, 1)

@@ -16,11 +16,11 @@ import pytest
 
 import prunelab as pl
 from prunelab.__main__ import main
-from prunelab.sweeping import GridError, Limits, gpus, jobs, make_grid, read_grid
-from prunelab.sweeping.cluster import carried, default_workers, on_dask
-from prunelab.sweeping.gpus import borrowed, locked, visible
-from prunelab.sweeping.jobs import prepared, short_hash
-from prunelab.sweeping.kernel import TRIM
+from prunelab.experiments.sweeping import GridError, Limits, gpus, jobs, make_grid, read_grid
+from prunelab.experiments.sweeping.cluster import carried, default_workers, on_dask
+from prunelab.experiments.sweeping.gpus import borrowed, locked, visible
+from prunelab.experiments.sweeping.jobs import prepared, short_hash
+from prunelab.experiments.sweeping.kernel import TRIM
 from tests.sweeps import executions, write_notebook
 
 ONE = {"retries": 0}
@@ -322,7 +322,7 @@ def test_a_worker_gets_the_code_of_a_job_without_importing_prunelab(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=60)
     with pytest.raises(ValueError, match="not registered"):
-        cloudpickle.unregister_pickle_by_value(sys.modules["prunelab.sweeping.work"])
+        cloudpickle.unregister_pickle_by_value(sys.modules["prunelab.experiments.sweeping.work"])
     assert pickle.dumps(pl.sweep), "and prunelab's functions are found by name, as ever"
 
 

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 import prunelab as pl
-from prunelab.shootout.protocol import Run
-from prunelab.shootout.settings import Settings
-from prunelab.sweeping.grid import Grid, read_grid
-from prunelab.sweeping.jobs import prepared
+from prunelab.experiments.shootout.protocol import Run
+from prunelab.experiments.shootout.settings import Settings
+from prunelab.experiments.sweeping.grid import Grid, read_grid
+from prunelab.experiments.sweeping.jobs import prepared
 from prunelab.training.checkpoints import weights_path
 from sweeps import keep
 from sweeps.table import lines
 
-SWEEPS = Path(__file__).parents[1] / "sweeps"
+SWEEPS = Path(__file__).parents[2] / "sweeps"
 GRIDS = {path.stem: path for path in sorted(SWEEPS.glob("*.yaml"))}
 
 
@@ -148,8 +148,8 @@ SMALL = {
     "vit_small": lambda classes: pl.zoo.VisionTransformer(16, 32, 2, 4, 64, classes),
 }
 ELSEWHERE = {
-    "torchvision:resnet50@IMAGENET1K_V1": "tests.test_sweep_grids:small_resnet",
-    "torchvision:vit_b_16@IMAGENET1K_V1": "tests.test_sweep_grids:small_vit",
+    "torchvision:resnet50@IMAGENET1K_V1": "tests.experiments.test_sweep_grids:small_resnet",
+    "torchvision:vit_b_16@IMAGENET1K_V1": "tests.experiments.test_sweep_grids:small_vit",
 }
 CLASSES = {"cifar100": 12, "tiny-imagenet": 12, "imagenet": 12}
 

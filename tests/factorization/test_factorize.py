@@ -18,8 +18,8 @@ from prunelab.factorization.factorize import _candidates, _layer
 from prunelab.factorization.factorized import Factorized, Narrowed, build
 from prunelab.factorization.ranks import Layer, choose
 from prunelab.factorization.sites import find
-from prunelab.surgery.apply import PLANS
-from prunelab.surgery.modules import free
+from prunelab.plans import PLANS
+from prunelab.surgery.layers import free
 from tests.cases import CASES, Embedded, Grouped, error, perturb, random_plan
 
 

@@ -427,7 +427,7 @@ def test_a_save_that_is_killed_halfway_leaves_the_old_file(saved):
     model, inputs, cut, path = saved
     code = f"""
 import os, signal
-import torch, prunelab as pl, prunelab.io.keep, prunelab.io.atomic, safetensors.torch
+import torch, prunelab as pl, prunelab.io.keep, prunelab.files.atomic, safetensors.torch
 
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -440,7 +440,7 @@ def half(tensors, target, metadata):
         killed()
 
 for module, name, instead in [
-    (prunelab.io.keep, "save_file", half), (prunelab.io.atomic.os, "replace", lambda *paths: killed())
+    (prunelab.io.keep, "save_file", half), (prunelab.files.atomic.os, "replace", lambda *paths: killed())
 ]:
     child = os.fork()
     if not child:

@@ -11,8 +11,8 @@ from torch import nn
 
 import prunelab as pl
 from prunelab.cost import CostModel
-from prunelab.planning.plan import Cut
 from prunelab.planning.timing import Timing
+from prunelab.plans import Cut
 
 INPUTS = torch.ones(1, 3, 32, 32)
 

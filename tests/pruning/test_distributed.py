@@ -25,7 +25,7 @@ import prunelab as pl
 from prunelab.distributed import Sharded, rank, same_everywhere
 from tests.cases import perturb
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = (1, 3, 8, 8)
 
 

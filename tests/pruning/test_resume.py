@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import prunelab as pl
-from prunelab.io import atomic
+from prunelab.files import atomic
 from prunelab.pruning.state import FILE, State
 
 INPUTS = torch.ones(1, 3, 8, 8)
@@ -88,7 +88,7 @@ def child(state: str) -> None:
 def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(whole, tmp_path):
     """SIGKILL, 20 times, each in a process of its own that goes on where the last one was killed."""
     context = multiprocessing.get_context("forkserver")  # it imports everything once and never computes
-    context.set_forkserver_preload(["prunelab", "tests.test_resume"])
+    context.set_forkserver_preload(["prunelab", "tests.pruning.test_resume"])
     folder, moments, kills = tmp_path / "state", random.Random(0), 0
 
     def start() -> multiprocessing.process.BaseProcess:

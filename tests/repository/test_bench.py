@@ -23,7 +23,7 @@ from bench.peers.problems import classifier
 from bench.peers.setting import Setting
 from bench.peers.timing import interleaved, within
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ── importing ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GITHUB, ELSEWHERE = "https://github.com/someone/some.where", "https://git.example.org/group/prunelab"
 
 MODULES = {"pillow": "PIL", "matplotlib-base": "matplotlib", "pytorch-cpu": "torch"}

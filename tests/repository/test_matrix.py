@@ -11,7 +11,7 @@ import pytest
 
 from tests import matrix
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NB = "notebooks/00_tour.ipynb"
 REPORT = """<testsuites><testsuite>
 <testcase file="tests/test_a.py" name="good"/>

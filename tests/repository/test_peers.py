@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature.exact import fisher, ggn, hessian
-from prunelab.curvature.hvp import ggn_product, hessian_product
+from prunelab.curvature.second.hvp import ggn_product, hessian_product
 
 
 @pytest.fixture

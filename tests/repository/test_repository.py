@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 tomllib = pytest.importorskip("tomllib", reason="part of Python since 3.11")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PAGES = ("README.md", "CONTRIBUTING.md")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("hatchling", reason="it builds the wheel: pip install 'prunelab[test]'")
 
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 GRID = """\
 parameters: {device: cpu, epochs: 0.02, scoring: 32, images: 200, test_images: 50, latency_images: 0}
 grid: {criterion: [magnitude]}

@@ -11,7 +11,7 @@ import torch
 
 import prunelab as pl
 from prunelab.criteria import memory
-from tests.test_options import HOSTILE, X, small
+from tests.repository.test_options import HOSTILE, X, small
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prunelab as pl
-from prunelab.surgery.apply import open_plan
+from prunelab.kept import open_plan
 from tests.cases import imagined_gpu
 
 

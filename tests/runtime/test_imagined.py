@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.devices import accelerator, exact, exact_on, forked_rng
 from prunelab.pruning.seeds import seeded
+from prunelab.runtime.devices import accelerator, exact, exact_on, forked_rng
 from prunelab.sparsity.masks import density
 from prunelab.tracing.fakes import FakeMode
 from tests.imagined import MPS, ImaginedMPS, OnMPS, moved, plain

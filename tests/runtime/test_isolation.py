@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import prunelab as pl
-from prunelab.curvature import exact, hvp
-from prunelab.isolation import eval_mode, evaluating, replaced
+from prunelab.curvature import exact
+from prunelab.curvature.second import hvp
+from prunelab.runtime.isolation import eval_mode, evaluating, replaced
 from tests.snapshot import Snapshot
 
 WITHOUT_DATA = ("random", "magnitude", "bn_scale", "fpgm")

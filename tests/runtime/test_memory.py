@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import prunelab as pl
-from prunelab.curvature import hvp
-from prunelab.devices import raise_out_of_memory
+from prunelab.curvature.second import hvp
+from prunelab.runtime.devices import raise_out_of_memory
 
 WITH_DATA = [name for name in pl.criteria.names() if name not in ("random", "magnitude", "bn_scale", "fpgm")]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab import switches
+from prunelab.runtime import switches
 from prunelab.tracing import shortcut
 from tests.cases import Case, images
-from tests.test_isolation import in_threads
+from tests.runtime.test_isolation import in_threads
 
 VALUES: dict[str, Callable[[], Any]] = {
     "layer_by_layer": torch.backends.mha.get_fastpath_enabled,

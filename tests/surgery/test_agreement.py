@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.surgery import agreement
-from prunelab.surgery.modules import FreeEncoder
+from prunelab.surgery.layers import FreeEncoder
 from tests.cases import error, random_plan
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import prunelab as pl
-from prunelab.compensation.compensate import Compensation
+from prunelab.surgery.refit.options import Compensation
 from tests.cases import Case, error, images, perturb, random_plan
 
 EXACT = {"damping": 0.0, "sequential": False}

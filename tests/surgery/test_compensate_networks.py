@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 import prunelab as pl
 from prunelab import Compensation, training
-from prunelab.compensation.compensate import make_up
-from prunelab.surgery.apply import open_plan
+from prunelab.kept import open_plan
+from prunelab.surgery.refit.compensate import make_up
 from tests.cases import OWN, Case, error, images, perturb, random_plan
-from tests.test_compensate import EXACT, LAYERS, batches, fit, inputs_of, make, put_back, same_shapes, stays
+from tests.surgery.test_compensate import EXACT, LAYERS, batches, fit, inputs_of, make, put_back, same_shapes, stays
 
 SMALL = [
     Case("vit", lambda: pl.zoo.VisionTransformer(16, depth=1, width=24, heads=2, mlp_width=20), images(16, 5)),

@@ -11,7 +11,7 @@ from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import prunelab as pl
-from prunelab.surgery.modules import STAND_INS, free
+from prunelab.surgery.layers import STAND_INS, free
 from tests.cases import error, perturb, random_plan
 
 

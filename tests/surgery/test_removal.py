@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.criteria.gates import Gates
-from prunelab.planning.plan import Cut
+from prunelab.plans import Cut
 from tests.cases import error, random_plan
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import prunelab as pl
-from prunelab.replay import ops as replay_ops
+from prunelab.surgery.rebuilt import ops as replay_ops
 from tests.cases import OWN, Case, error, images, perturb, random_plan
 
 SOME = [

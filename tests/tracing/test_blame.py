@@ -13,11 +13,11 @@ from torch.nn.utils import prune
 
 import prunelab as pl
 from prunelab.errors import DataError, PlanError, TraceError
-from prunelab.isolation import copied
-from prunelab.replay.tape import record
+from prunelab.runtime.isolation import copied
+from prunelab.runtime.outputs import result_tensors, tensors_of
+from prunelab.surgery.rebuilt.tape import record
 from prunelab.tracing import recorder as recorder_module
 from prunelab.tracing import rules
-from prunelab.tracing.outputs import result_tensors, tensors_of
 from tests.cases import error, random_plan
 
 

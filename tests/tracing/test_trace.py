@@ -12,7 +12,7 @@ from matplotlib.collections import PolyCollection
 from torch import Tensor, nn
 
 import prunelab as pl
-from prunelab.tracing.drawing import network
+from prunelab.drawing.network import network
 from tests.cases import CASES, Case, error, permuted
 
 

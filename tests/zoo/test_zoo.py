@@ -37,7 +37,7 @@ def test_networks_have_as_many_outputs_as_asked(name):
 
 def test_the_readme_shows_what_the_logs_say():
     """`python -m prunelab.zoo` prints the table."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert zoo.table() in readme
 
 
@@ -69,7 +69,7 @@ def no_network() -> int:
 
 def test_networks_of_torchvision_timm_and_of_your_own_are_named_by_where_they_come_from():
     assert zoo.build("torchvision:resnet18", num_classes=5).fc.out_features == 5
-    assert zoo.build("tests.test_zoo:of_three", num_classes=4).out_features == 4
+    assert zoo.build("tests.zoo.test_zoo:of_three", num_classes=4).out_features == 4
     pytest.importorskip("timm")
     assert zoo.build("timm:resnet18", num_classes=6).fc.out_features == 6
 
@@ -108,9 +108,9 @@ def test_published_weights_are_asked_for_by_name(monkeypatch):
         ("torchvision:resnet17", "torchvision has no network 'resnet17'.*list_models"),
         ("torchvision:resnet18@V7", "no weights 'V7' of resnet18.*It has IMAGENET1K_V1"),
         ("torchvision:resnet18@IMAGENET1K_V1", "cannot be downloaded .*no network.*by hand into .*checkpoints"),
-        ("tests.test_zoo:nothing", "tests.test_zoo:nothing cannot be found"),
+        ("tests.zoo.test_zoo:nothing", "tests.zoo.test_zoo:nothing cannot be found"),
         ("no.such.package:f", "no.such.package:f cannot be found"),
-        ("tests.test_zoo:no_network", "returned a int, not a torch.nn.Module"),
+        ("tests.zoo.test_zoo:no_network", "returned a int, not a torch.nn.Module"),
     ],
 )
 def test_what_is_not_elsewhere_says_what_to_do(name, message, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare
 
 
 def _case(seed: int, outs: int, ins: int, gone: list[int]) -> tuple[Tensor, Tensor, Tensor]:

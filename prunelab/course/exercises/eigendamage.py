@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare
 
 
 def kfe_scores(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare
 
 
 def cubic_schedule(function: Callable[[int, int, float], float]) -> Verdict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare
 
 
 def obd_saliency(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:

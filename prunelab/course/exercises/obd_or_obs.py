@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare
 
 
 def factorial_variances(function: Callable[[Tensor, str], Tensor]) -> Verdict:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare
 
 
 def _bowls(count: int = 3, n: int = 4) -> list[tuple[Tensor, Tensor]]:

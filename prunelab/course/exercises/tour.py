@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, answer_of, compare, shown
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, shown
 
 
 def kept_flops(function: Callable[[float, float], float]) -> Verdict:

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare
 
 Pairs = Sequence[tuple[str, str]]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare
 
 
 def n_m_mask(function: Callable[[Tensor, int, int], Tensor]) -> Verdict:

@@ -5,10 +5,10 @@ Flows in: tables, scores, plans, images.  Flows out: figures that stand on their
 name draws what only that notebook shows.  ``widgets`` redraws them at a slider's move.
 """
 
-from prunelab.plots.curves import accuracy_against_flops, trajectory
-from prunelab.plots.images import image_grid
-from prunelab.plots.style import Picture, axes_of, picture, png
-from prunelab.plots.units import budget_view, kept_units, rank_comparison
+from prunelab.course.figures.images import image_grid
+from prunelab.course.figures.units import budget_view, kept_units, rank_comparison
+from prunelab.drawing.curves import accuracy_against_flops, trajectory
+from prunelab.drawing.style import Picture, axes_of, picture, png
 
 __all__ = [
     "Picture",

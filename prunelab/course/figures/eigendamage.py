@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREY, INK, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREY, INK, VERMILLION, axes_of, picture
 
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE], N=41)
 """Few colours, so that maps make small files."""

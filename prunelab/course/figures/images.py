@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from prunelab.plots.style import INK, VERMILLION, picture
+from prunelab.drawing.style import INK, VERMILLION, picture
 
 
 def image_grid(

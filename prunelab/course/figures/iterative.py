@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture
 
 LINES = [(BLUE, "o", "-"), (VERMILLION, "^", "--"), (GREEN, "D", "-."), (PURPLE, "v", ":"), (ORANGE, "s", "-")]
 """Colour, marker and line of the runs, in the order in which they come."""

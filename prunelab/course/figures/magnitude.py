@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from prunelab.criteria import Scores
-from prunelab.planning.plan import Plan
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, VERMILLION, axes_of, picture
+from prunelab.plans import Plan
 from prunelab.tracing.groups import Group
 
 LINES = ((BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (ORANGE, ":"))

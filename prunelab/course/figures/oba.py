@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, VERMILLION, axes_of, picture
 
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE], N=41)
 """Few colours, so that maps make small files."""

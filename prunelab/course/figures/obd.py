@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, axes_of, picture
 
 WAYS = {"empirical": (VERMILLION, "^"), "mc": (ORANGE, "s"), "ggn": (BLUE, "o"), "hessian": (PURPLE, "v")}
 """Ways to the diagonal -> colour and marker."""

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
 
 RANKINGS = {
     "obd": ("OBD's ranking", GREEN, "D"),

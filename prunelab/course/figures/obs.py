@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
 
 METHODS = {
     "magnitude": ("magnitude", BLUE, "o", "--"),

@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, PALE, VERMILLION, axes_of, picture, styles
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, VERMILLION, axes_of, picture, styles
 
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE])
 NETWORKS = [(BLUE, "o"), (VERMILLION, "^"), (GREEN, "D")]

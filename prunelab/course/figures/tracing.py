@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, picture
 
 if TYPE_CHECKING:
     from prunelab.tracing.groups import Group, Member
@@ -69,7 +69,7 @@ def group_view(graph: DependencyGraph, group: Group, unit: int = 0) -> Figure:
         group: one of its groups.
         unit: number of one of its units.
     """
-    from prunelab.tracing.drawing import draw_into, network, place
+    from prunelab.drawing.network import draw_into, network, place
 
     nodes = network(graph, [group])
     place(nodes)

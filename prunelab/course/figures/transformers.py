@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, axes_of, picture, styles
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, axes_of, picture, styles
 
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE])
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["white", BLUE])

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunelab.criteria import Scores
-from prunelab.planning.plan import Plan
-from prunelab.plots.curves import accuracy_lines
-from prunelab.plots.style import BLUE, GREY, INK, PALE, VERMILLION, axes_of, picture
+from prunelab.drawing.curves import accuracy_lines
+from prunelab.drawing.style import BLUE, GREY, INK, PALE, VERMILLION, axes_of, picture
+from prunelab.plans import Plan
 from prunelab.tracing.groups import Group
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from prunelab.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture, styles
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture, styles
 
 MARKS = [(BLUE, "o", "-"), (VERMILLION, "^", "--"), (GREEN, "D", "-."), (PURPLE, "v", ":"), (ORANGE, "s", "-")]
 """Colour, marker and line for what is no criterion, in the order in which it comes."""

@@ -5,11 +5,11 @@ a folder; ``save`` executes a notebook in place and cleans it, so that it can be
 a notebook and parameters.  Flows out: files.
 """
 
-from prunelab.notebook.parameters import Between, validate
-from prunelab.notebook.progress import progress
-from prunelab.notebook.results import RESULT, publish_result, readable, result_of
-from prunelab.notebook.run import run
-from prunelab.notebook.save import clean, save
+from prunelab.course.notebook.parameters import Between, validate
+from prunelab.course.notebook.progress import progress
+from prunelab.course.notebook.results import RESULT, publish_result, readable, result_of
+from prunelab.course.notebook.run import run
+from prunelab.course.notebook.save import clean, save
 
 __all__ = [
     "RESULT",

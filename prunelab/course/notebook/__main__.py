@@ -1,8 +1,8 @@
 """The command line: run notebooks into a folder, run them with other parameters, save them with outputs.
 
-python -m prunelab.notebook run notebooks/00_tour.ipynb --out out -p flops 0.7
-python -m prunelab.notebook vary notebooks/00_tour.ipynb --out out/varied
-python -m prunelab.notebook save notebooks/00_tour.ipynb
+python -m prunelab.course.notebook run notebooks/00_tour.ipynb --out out -p flops 0.7
+python -m prunelab.course.notebook vary notebooks/00_tour.ipynb --out out/varied
+python -m prunelab.course.notebook save notebooks/00_tour.ipynb
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import pandas as pd
 
+from prunelab.course.notebook.results import readable, result_of
+from prunelab.course.notebook.run import run
+from prunelab.course.notebook.save import save
 from prunelab.errors import PruneLabError
-from prunelab.notebook.results import readable, result_of
-from prunelab.notebook.run import run
-from prunelab.notebook.save import save
 
 
 def _value(text: str) -> Any:
@@ -32,7 +32,9 @@ def _value(text: str) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m prunelab.notebook", description="Run notebooks, or refresh them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m prunelab.course.notebook", description="Run notebooks, or refresh them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run a notebook into a folder")
     running.add_argument("notebook")

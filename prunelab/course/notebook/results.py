@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from prunelab.errors import PruneLabError
-from prunelab.io.atomic import replacing
+from prunelab.files.atomic import replacing
 
 RESULT = "application/vnd.prunelab.result+json"
 

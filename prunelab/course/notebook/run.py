@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prunelab.course.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
+from prunelab.course.notebook.parameters import unknown
+from prunelab.course.notebook.save import clean
 from prunelab.errors import PruneLabError
-from prunelab.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
-from prunelab.notebook.parameters import unknown
-from prunelab.notebook.save import clean
 
 LOCAL_LINK = re.compile(r"(\]\()(?![a-z]+:|[#/])([^)\s]+\))")
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prunelab.course.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
+from prunelab.course.notebook.progress import is_bar
 from prunelab.errors import PruneLabError
-from prunelab.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
-from prunelab.notebook.progress import is_bar
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LARGEST = 600_000

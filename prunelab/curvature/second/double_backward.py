@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from prunelab.switches import plain_attention
+from prunelab.runtime.switches import plain_attention
 
 CONVOLUTIONS: dict[Callable[..., Any], tuple[int, bool]] = {
     F.conv1d: (1, False),

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from prunelab.batches import Batch, call
-from prunelab.curvature.dual_mode import Duals, pair
-from prunelab.curvature.pieces import finite, leaves, pulled, slopes
-from prunelab.devices import raise_out_of_memory
+from prunelab.batches.trees import tree_map
+from prunelab.curvature.second.dual_mode import Duals, pair
+from prunelab.curvature.second.vjp import finite, leaves, pulled, slopes
 from prunelab.errors import BatchError
-from prunelab.isolation import replaced
-from prunelab.switches import dual_numbers, ignoring, plain_attention
-from prunelab.trees import tree_map
+from prunelab.runtime.devices import raise_out_of_memory
+from prunelab.runtime.isolation import replaced
+from prunelab.runtime.switches import dual_numbers, ignoring, plain_attention
 
 
 def along(

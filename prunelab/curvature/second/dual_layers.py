@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from prunelab.curvature.twice import Setting
+from prunelab.curvature.second.double_backward import Setting
 
 aten = torch.ops.aten
 Grads = tuple[Tensor | None, ...]

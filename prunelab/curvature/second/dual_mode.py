@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from prunelab.curvature.dual_attention import Attention, Softmax, causal
-from prunelab.curvature.dual_layers import Gelu, Layer, LayerNorm, Moving, Relu, Scale
-from prunelab.curvature.twice import CONVOLUTIONS, convolution_setting, normalize
+from prunelab.curvature.second.double_backward import CONVOLUTIONS, convolution_setting, normalize
+from prunelab.curvature.second.dual_attention import Attention, Softmax, causal
+from prunelab.curvature.second.dual_layers import Gelu, Layer, LayerNorm, Moving, Relu, Scale
 from prunelab.errors import BatchError
 
 

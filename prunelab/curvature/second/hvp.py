@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss
-from prunelab.curvature.checkpoints import no_checkpoints
-from prunelab.curvature.dual import along
-from prunelab.curvature.pieces import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
-from prunelab.curvature.twice import twice_differentiable
-from prunelab.devices import raise_out_of_memory
+from prunelab.curvature.second.double_backward import twice_differentiable
+from prunelab.curvature.second.dual import along
+from prunelab.curvature.second.vjp import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import PruneLabError
-from prunelab.isolation import evaluating
 from prunelab.options import whole
-from prunelab.switches import undisturbed
+from prunelab.runtime.devices import raise_out_of_memory
+from prunelab.runtime.isolation import evaluating
+from prunelab.runtime.switches import undisturbed
 
 __all__ = ["PARTS", "functional_product", "ggn_product", "hessian_product", "product", "self_product"]
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, call
-from prunelab.curvature.pieces import check_finite, check_part, leaves, pieces, pulled, slopes
-from prunelab.curvature.twice import CONVOLUTIONS, Rewrite, twice_differentiable
+from prunelab.curvature.second.double_backward import CONVOLUTIONS, Rewrite, twice_differentiable
+from prunelab.curvature.second.vjp import check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.errors import PruneLabError
-from prunelab.isolation import evaluating, replaced
-from prunelab.switches import undisturbed
+from prunelab.runtime.isolation import evaluating, replaced
+from prunelab.runtime.switches import undisturbed
 
 LINEAR_IN_PARAMETERS: dict[Callable[..., Any], int] = {F.linear: 1, F.batch_norm: 3, **dict.fromkeys(CONVOLUTIONS, 1)}
 """Function -> where its weight stands among its arguments; the bias follows it."""

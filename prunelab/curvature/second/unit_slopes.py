@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from prunelab.batches import Batch
-from prunelab.curvature.affine import AffineTaps
+from prunelab.batches.mean_check import check_mean
 from prunelab.curvature.fisher import columns, slopes
-from prunelab.curvature.layout import Layout, Routes, routes
-from prunelab.curvature.mean_check import check_mean
-from prunelab.curvature.taps import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.other_calls import AffineTaps
+from prunelab.curvature.watching.samples import Layout, Routes, routes
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, checked
-from prunelab.curvature.mean_check import check_apart, check_mean, check_own
+from prunelab.batches.mean_check import check_apart, check_mean, check_own
+from prunelab.batches.trees import tree_flatten, tree_unflatten
 from prunelab.errors import BatchError, OptionError
-from prunelab.trees import tree_flatten, tree_unflatten
 
 PARTS = ("exact", "functional", "gauss_newton")
 """H, and the two parts that it is the sum of."""

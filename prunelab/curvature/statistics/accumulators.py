@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch
-from prunelab.curvature import factor_sums, inputs, per_sample
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.layout import Layout, Routes
-from prunelab.curvature.moments import squared_sums
-from prunelab.curvature.per_sample import Part, as_float
-from prunelab.curvature.taps import FLAT, LayerCall
-from prunelab.curvature.vectorized import squared_sums_by_vmap
+from prunelab.curvature.statistics import factor_sums, input_moments, per_sample
+from prunelab.curvature.statistics.by_vmap import squared_sums_by_vmap
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.statistics.moments import squared_sums
+from prunelab.curvature.statistics.per_sample import Part, as_float
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.samples import Layout, Routes
 from prunelab.tracing.trace import DependencyGraph
 
 Sums = dict[str, Tensor]
@@ -210,19 +210,19 @@ class Inputs(Accumulator):
         super().__init__(setting)
         graph = setting.graph
         every = {name: 1 for name in self.parameters}
-        self.wanted = every if isinstance(graph, nn.Module) else inputs.consumers(graph)
+        self.wanted = every if isinstance(graph, nn.Module) else input_moments.consumers(graph)
 
     def forward(self, call: LayerCall, layout: Layout | None) -> None:
         if call.kind in factor_sums.KINDS and call.weight in self.wanted:
             weight, taps = self.parameters[call.weight], self.wanted[call.weight]
             key = factor_sums.key(call, weight)
-            self.meta[key] = inputs.describe(call, weight, taps)
-            self.add(key, inputs.summed(call, weight, self.meta[key]["over"], taps))
+            self.meta[key] = input_moments.describe(call, weight, taps)
+            self.add(key, input_moments.summed(call, weight, self.meta[key]["over"], taps))
 
     @classmethod
     def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:
         """Return the moments by weight name."""
-        return inputs.read(sums, meta)
+        return input_moments.read(sums, meta)
 
 
 ACCUMULATORS: dict[str, type[Accumulator]] = {

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from prunelab.batches import Batch, batch_of
-from prunelab.curvature.per_sample import as_float
-from prunelab.devices import raise_out_of_memory
+from prunelab.batches.trees import tree_flatten, tree_leaves, tree_unflatten
+from prunelab.curvature.statistics.per_sample import as_float
 from prunelab.errors import BatchError
-from prunelab.isolation import replaced
-from prunelab.switches import ignoring, plain_attention
-from prunelab.trees import tree_flatten, tree_leaves, tree_unflatten
+from prunelab.runtime.devices import raise_out_of_memory
+from prunelab.runtime.isolation import replaced
+from prunelab.runtime.switches import ignoring, plain_attention
 
 CHUNK = 32
 """Samples at a time, as long as their gradients hold no more than ``NUMBERS`` numbers."""

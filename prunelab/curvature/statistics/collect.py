@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.curvature.accumulators import ACCUMULATORS
-from prunelab.curvature.factor_sums import FACTORS
 from prunelab.curvature.fisher import check_fisher
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.one_pass import model_of, one_pass, readable_again
-from prunelab.curvature.statistics import Statistics
+from prunelab.curvature.statistics.accumulators import ACCUMULATORS
+from prunelab.curvature.statistics.factor_sums import FACTORS
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.statistics.one_pass import model_of, one_pass, readable_again
+from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.distributed import Sharded, agreed
 from prunelab.errors import BatchError, OptionError
 from prunelab.options import one_of, shown, whole

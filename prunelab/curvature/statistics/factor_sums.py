@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.layout import Layout
-from prunelab.curvature.patches import coverage, patches
-from prunelab.curvature.per_sample import Part, as_float, conv_part, linear_part
-from prunelab.curvature.products import ranges
-from prunelab.curvature.taps import FLAT, LayerCall
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.statistics.per_sample import Part, as_float, conv_part, linear_part
+from prunelab.curvature.statistics.squared_products import ranges
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.patches import coverage, patches
+from prunelab.curvature.watching.samples import Layout
 
 FACTORS = ("channel", "full")
 KINDS = ("linear", "matmul", "conv", "conv_transpose")

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.curvature.patches import coverage, patches
-from prunelab.curvature.per_sample import as_float
-from prunelab.curvature.taps import FLAT, IN_FIRST, LayerCall
-from prunelab.devices import exact_on
+from prunelab.curvature.statistics.per_sample import as_float
+from prunelab.curvature.watching.layer_calls import FLAT, IN_FIRST, LayerCall
+from prunelab.curvature.watching.patches import coverage, patches
+from prunelab.runtime.devices import exact_on
 from prunelab.tracing.axes import factors_of, is_frozen
 from prunelab.tracing.trace import DependencyGraph
 

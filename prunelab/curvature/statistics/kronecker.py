@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prunelab.curvature.taps import IN_FIRST
-from prunelab.devices import exact, raise_out_of_memory
+from prunelab.curvature.watching.layer_calls import IN_FIRST
+from prunelab.runtime.devices import exact, raise_out_of_memory
 
 
 class Eigenbasis(NamedTuple):

@@ -1,8 +1,9 @@
 """Moments: ``E[g_n²]`` for every weight, g_n the gradient of one sample's loss: the diagonal of a Fisher.
 
-One backward pass gives the gradients of all layer outputs, for all samples at once.  For most layers ``products``
-finishes from there; where a parameter is used several times, the gradients of a few samples at a time are made, squared
-and added up.  Nothing loops over samples, and no more than a chunk of per-sample gradients exists at any time.
+One backward pass gives the gradients of all layer outputs, for all samples at once. For most layers
+``squared_products`` finishes from there; where a parameter is used several times, the gradients of a few samples at a
+time are made, squared and added up. Nothing loops over samples, and no more than a chunk of per-sample gradients
+exists at any time.
 
 Flows in: calls with their layouts and output gradients.  Flows out: sums of squares by parameter name.  Notebook 04_obd
 derives them.
@@ -15,8 +16,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from prunelab.curvature.per_sample import Part
-from prunelab.curvature.products import ranges
+from prunelab.curvature.statistics.per_sample import Part
+from prunelab.curvature.statistics.squared_products import ranges
 
 
 def squared_sums(parts: Iterable[Part]) -> Iterator[tuple[str, slice, Tensor]]:

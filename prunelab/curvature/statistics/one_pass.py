@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from prunelab.batches import Batch, Batches, Loss, checked
-from prunelab.curvature.accumulators import ACCUMULATORS, Accumulator, Setting
-from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.checkpoints import no_checkpoints
+from prunelab.batches.mean_check import check_apart, check_mean, check_own
+from prunelab.batches.task import Task
+from prunelab.batches.trees import tree_map
 from prunelab.curvature.fisher import columns, slopes
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.layout import Layout, Routes, routes
-from prunelab.curvature.mean_check import check_apart, check_mean, check_own
-from prunelab.curvature.pieces import finite
-from prunelab.curvature.statistics import Statistics
-from prunelab.curvature.taps import LayerCall
-from prunelab.curvature.vectorized import floating
+from prunelab.curvature.second.vjp import finite
+from prunelab.curvature.statistics.accumulators import ACCUMULATORS, Accumulator, Setting
+from prunelab.curvature.statistics.by_vmap import floating
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.statistics.statistics import Statistics
+from prunelab.curvature.watching.checkpoints import no_checkpoints
+from prunelab.curvature.watching.layer_calls import LayerCall
+from prunelab.curvature.watching.other_calls import AffineTaps
+from prunelab.curvature.watching.samples import Layout, Routes, routes
 from prunelab.errors import BatchError
-from prunelab.isolation import evaluating
 from prunelab.options import module as a_module
-from prunelab.task import Task
+from prunelab.runtime.isolation import evaluating
 from prunelab.tracing.trace import DependencyGraph
-from prunelab.trees import tree_map
 
 T = TypeVar("T")
 

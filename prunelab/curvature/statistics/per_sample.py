@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunelab.curvature.layout import Layout
-from prunelab.curvature.patches import patches
-from prunelab.curvature.products import Stack, squared_products
-from prunelab.curvature.taps import FLAT, LayerCall
+from prunelab.curvature.statistics.squared_products import Stack, squared_products
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.patches import patches
+from prunelab.curvature.watching.samples import Layout
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _product_part(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> Part:
-    """Return the part whose gradients are L Rᵀ, see ``products``; ``shape`` is that of the weight's rows."""
+    """Return the part whose gradients are L Rᵀ, see ``squared_products``; ``shape`` is that of the weight's rows."""
     groups, rows, columns, positions = sizes
     size = groups * ((rows + columns) * positions + rows * columns)
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prunelab.batches import Batches, Loss
-from prunelab.curvature.accumulators import ACCUMULATORS
-from prunelab.curvature.kronecker import Factors
+from prunelab.curvature.statistics.accumulators import ACCUMULATORS
+from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.errors import BatchError
-from prunelab.stack import user_level
+from prunelab.runtime.stack import user_level
 
 Nested = Mapping[str, Mapping[str, Any]]
 

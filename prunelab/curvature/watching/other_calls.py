@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.curvature.taps import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, Taps
 
 # function -> kind, names of its arguments.  Norms act on dimension 1, or on the last ones.
 NORMS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.curvature.taps import LayerCall
+from prunelab.curvature.watching.layer_calls import LayerCall
 
 
 def patches(images: Tensor, call: LayerCall, kernel: Sequence[int], positions: Sequence[int]) -> Tensor:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, batch_of
-from prunelab.curvature.affine import AffineTaps
-from prunelab.curvature.taps import FLAT, LayerCall
+from prunelab.batches.trees import tree_leaves
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.other_calls import AffineTaps
 from prunelab.errors import BatchError
-from prunelab.trees import tree_leaves
 
 PROBES = 3
 

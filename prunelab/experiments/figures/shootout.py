@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunelab.plots.style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, axes_of, picture
 
 NAMES = {
     "flops_kept": "FLOPs",

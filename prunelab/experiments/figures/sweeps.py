@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from prunelab.plots.shootout import NAMES
-from prunelab.plots.style import GREY, INK, SKY, axes_of, picture, styles
-from prunelab.shootout.compare import pareto_front
+from prunelab.drawing.style import GREY, INK, SKY, axes_of, picture, styles
+from prunelab.experiments.figures.shootout import NAMES
+from prunelab.experiments.shootout.compare import pareto_front
 
 
 def pareto(points: pd.DataFrame, x: str, y: str, *, title: str = "", mark: tuple[float, float] | None = None) -> Figure:

@@ -14,9 +14,9 @@ Flows in: the parameters of notebook 15_shootout (``Settings``).  Flows out: one
 many such runs have found.  Notebook 15_shootout derives it.
 """
 
-from prunelab.shootout.compare import mean_ranks, pareto_front
-from prunelab.shootout.meter import Meter
-from prunelab.shootout.protocol import Run
-from prunelab.shootout.settings import KINDS, Settings
+from prunelab.experiments.shootout.compare import mean_ranks, pareto_front
+from prunelab.experiments.shootout.meter import Meter
+from prunelab.experiments.shootout.protocol import Run
+from prunelab.experiments.shootout.settings import KINDS, Settings
 
 __all__ = ["KINDS", "Meter", "Run", "Settings", "mean_ranks", "pareto_front"]

@@ -19,11 +19,11 @@ from torch.optim.swa_utils import update_bn
 from prunelab import data, zoo
 from prunelab.cost import count, latency
 from prunelab.criteria import Scores
+from prunelab.experiments.shootout.meter import Meter
+from prunelab.experiments.shootout.settings import Settings
 from prunelab.factorization.factorize import factorize
 from prunelab.planning.choose import Options, choose
 from prunelab.pruning.seeds import seeded
-from prunelab.shootout.meter import Meter
-from prunelab.shootout.settings import Settings
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
 from prunelab.surgery.apply import apply
@@ -219,7 +219,7 @@ def _some(images: data.Images, number: int, seed: int) -> data.Images:
 
 
 def _compensation(batches: Any) -> Any:
-    from prunelab.compensation.compensate import Compensation
+    from prunelab.surgery.refit.options import Compensation
 
     return Compensation(source=batches)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from prunelab import criteria
+from prunelab.course.notebook.parameters import Between, Expected
 from prunelab.errors import PruneLabError
-from prunelab.notebook.parameters import Between, Expected
 from prunelab.pruning.schedule import SCHEDULES, shares
 from prunelab.training import default_device
 from prunelab.training.loop import PRECISIONS

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from prunelab.shootout.compare import bootstrap, ranks
+from prunelab.experiments.shootout.compare import bootstrap, ranks
 
 METHOD = "criterion"
 """The parameter that a method is named after."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prunelab.errors import PruneLabError
-from prunelab.io import atomic
-from prunelab.sweeping import gpus, kernel, work
+from prunelab.experiments.sweeping import gpus, kernel, work
+from prunelab.files import atomic
 
 Record = dict[str, Any]
 LOOK = 5

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 
 from prunelab import data
 from prunelab.errors import PruneLabError
-from prunelab.plots.shootout import NAMES
-from prunelab.plots.sweeps import pareto
-from prunelab.sweeping import records
-from prunelab.sweeping.analysis import LEFT, METHOD, PANEL, compared
+from prunelab.experiments.figures.shootout import NAMES
+from prunelab.experiments.figures.sweeps import pareto
+from prunelab.experiments.sweeping import records
+from prunelab.experiments.sweeping.analysis import LEFT, METHOD, PANEL, compared
 
 if TYPE_CHECKING:
-    from prunelab.widgets import Explorer
+    from prunelab.course.widgets import Explorer
 
 EXAMPLE = "shootout/quick.csv"
 """The table of a sweep that comes with prunelab, in ``data.root()``."""
@@ -106,7 +106,7 @@ def explorer(
         mark: ``(left in FLOPs, metric)`` of a run to point out, on the panel ``panel``.
         panel: where the mark belongs.
     """
-    from prunelab.widgets import explore
+    from prunelab.course.widgets import explore
 
     panels = list(dict.fromkeys(rows["panel"]))
     names = rows[METHOD] if METHOD in rows else rows["method"]

@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from prunelab.course.notebook.parameters import unknown
 from prunelab.errors import PruneLabError
-from prunelab.notebook.parameters import unknown
 
 KEYS = ("notebook", "name", "parameters", "grid", "cases", "published", "limits")
 """What a grid file may hold."""

@@ -16,12 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from prunelab.course.notebook.kernel import existing, gist
+from prunelab.course.notebook.parameters import fits, in_words, unknown
 from prunelab.errors import PruneLabError
-from prunelab.notebook.kernel import existing, gist
-from prunelab.notebook.parameters import fits, in_words, unknown
-from prunelab.sweeping.grid import OWN, Grid, GridError
+from prunelab.experiments.sweeping.grid import OWN, Grid, GridError
 
-NEUTRAL = ("exercises", "plots", "sweeping", "widgets.py", "__main__.py")
+NEUTRAL = (
+    *("course/", "drawing/", "__main__.py"),
+    *("experiments/sweeping/", "experiments/figures/", "experiments/__main__.py"),
+)
 """Parts of the package on which no measured number depends."""
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 LARGEST = 2_000_000_000
@@ -178,7 +181,7 @@ def package() -> str:
     home = Path(prunelab.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
-        if path.relative_to(home).parts[0] not in NEUTRAL:
+        if not path.relative_to(home).as_posix().startswith(NEUTRAL):
             digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{prunelab.__version__}+{digest.hexdigest()[:10]}"
 

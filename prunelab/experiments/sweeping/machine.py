@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prunelab.sweeping.cluster import cores
+from prunelab.experiments.sweeping.cluster import cores
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prunelab.sweeping.report import Findings
+    from prunelab.experiments.sweeping.report import Findings
 
 NEAR = """from pathlib import Path
 
 import pandas as pd
 
-from prunelab.sweeping import analysis, explore
+from prunelab.experiments.sweeping import analysis, explore
 
 folder = Path(".")  # where compared.csv is: the folder of this notebook
 rows = explore.of_table(folder / "compared.csv")

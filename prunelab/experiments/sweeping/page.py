@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from prunelab.plots.shootout import NAMES
+from prunelab.experiments.figures.shootout import NAMES
 
 if TYPE_CHECKING:
-    from prunelab.sweeping.report import Findings
+    from prunelab.experiments.sweeping.report import Findings
 
 METHOD = (
     "Within every block, one case with one seed, methods are ranked; equal ones share the mean of their ranks. "

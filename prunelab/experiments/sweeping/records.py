@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from prunelab.errors import DataError
-from prunelab.sweeping.work import record_of
+from prunelab.experiments.sweeping.work import record_of
 
 MANIFEST = "sweep.json"
 TOOK = ("seconds", "peak_memory_gb", "attempts")

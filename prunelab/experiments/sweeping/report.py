@@ -18,14 +18,14 @@ from typing import Any
 
 import pandas as pd
 
+from prunelab.drawing.style import png
 from prunelab.errors import DataError, PruneLabError
-from prunelab.io.atomic import replacing
-from prunelab.plots.style import png
-from prunelab.plots.sweeps import ranking as ranking_figure
-from prunelab.sweeping import analysis, records
-from prunelab.sweeping.explore import drawing, measures
-from prunelab.sweeping.notebook import notebook
-from prunelab.sweeping.page import markdown, page
+from prunelab.experiments.figures.sweeps import ranking as ranking_figure
+from prunelab.experiments.sweeping import analysis, records
+from prunelab.experiments.sweeping.explore import drawing, measures
+from prunelab.experiments.sweeping.notebook import notebook
+from prunelab.experiments.sweeping.page import markdown, page
+from prunelab.files.atomic import replacing
 
 
 @dataclass(frozen=True)

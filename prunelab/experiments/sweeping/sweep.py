@@ -24,14 +24,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from prunelab.errors import PruneLabError
-from prunelab.io.atomic import replacing
+from prunelab.experiments.sweeping import cluster, records
+from prunelab.experiments.sweeping.gpus import locked
+from prunelab.experiments.sweeping.grid import Grid, GridError, make_grid, read_grid
+from prunelab.experiments.sweeping.jobs import Job, Prepared, prepared
+from prunelab.experiments.sweeping.machine import provenance, typed
+from prunelab.experiments.sweeping.work import ATTEMPT, record_of
+from prunelab.files.atomic import replacing
 from prunelab.options import shown
-from prunelab.sweeping import cluster, records
-from prunelab.sweeping.gpus import locked
-from prunelab.sweeping.grid import Grid, GridError, make_grid, read_grid
-from prunelab.sweeping.jobs import Job, Prepared, prepared
-from prunelab.sweeping.machine import provenance, typed
-from prunelab.sweeping.work import ATTEMPT, record_of
 
 ADDRESS = re.compile(r"^[a-z]+://")
 SHOWN = 5

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prunelab.io.atomic import replacing
-from prunelab.sweeping.gpus import borrowed, locked, visible
-from prunelab.sweeping.kernel import Failure, annotate, execute, result_of
+from prunelab.experiments.sweeping.gpus import borrowed, locked, visible
+from prunelab.experiments.sweeping.kernel import Failure, annotate, execute, result_of
+from prunelab.files.atomic import replacing
 
 RECORD, NOTEBOOK, RESULT = "job.json", "notebook.ipynb", "result.json"
 """Files of a job's folder: what came of it, the executed notebook, and what that published."""

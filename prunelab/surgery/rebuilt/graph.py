@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from prunelab.errors import PlanError
-from prunelab.replay.inputs import Sizes, add_inputs
-from prunelab.replay.ops import is_pure, replay_row
-from prunelab.replay.sizes import Varying, merged
-from prunelab.replay.step import Inexpressible
-from prunelab.replay.tape import Ref, Tape
-from prunelab.surgery.apply import Kept
+from prunelab.kept import Kept
+from prunelab.surgery.rebuilt.inputs import Sizes, add_inputs
+from prunelab.surgery.rebuilt.ops import is_pure, replay_row
+from prunelab.surgery.rebuilt.sizes import Varying, merged
+from prunelab.surgery.rebuilt.step import Inexpressible
+from prunelab.surgery.rebuilt.tape import Ref, Tape
 from prunelab.tracing.axes import Axis
 from prunelab.tracing.recorder import Op, named_tensors
 from prunelab.tracing.trace import DependencyGraph

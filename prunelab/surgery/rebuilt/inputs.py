@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import GetAttrKey, MappingKey
 
-from prunelab.replay.calls import fitting, same
-from prunelab.replay.tape import Ref
+from prunelab.surgery.rebuilt.calls import fitting, same
+from prunelab.surgery.rebuilt.tape import Ref
 
 if TYPE_CHECKING:
-    from prunelab.replay.graph import Builder
+    from prunelab.surgery.rebuilt.graph import Builder
 
 Sizes = dict[str, tuple[int | None, ...]]
 

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import fx
 
 from prunelab.errors import PlanError
-from prunelab.replay.calls import batch_norm_in_mode
-from prunelab.replay.plain import plain
-from prunelab.replay.sizes import Varying
-from prunelab.replay.step import Step
-from prunelab.replay.tape import Ref, Row
+from prunelab.surgery.rebuilt.calls import batch_norm_in_mode
+from prunelab.surgery.rebuilt.plain import plain
+from prunelab.surgery.rebuilt.sizes import Varying
+from prunelab.surgery.rebuilt.step import Step
+from prunelab.surgery.rebuilt.tape import Ref, Row
 from prunelab.tracing.axes import regroup
 
 if TYPE_CHECKING:
-    from prunelab.replay.graph import Builder
+    from prunelab.surgery.rebuilt.graph import Builder
 
 aten = torch.ops.aten
 

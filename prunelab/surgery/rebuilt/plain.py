@@ -14,9 +14,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import PlanError
-from prunelab.replay.sizes import Varying
-from prunelab.replay.step import Step
-from prunelab.replay.tape import Ref
+from prunelab.surgery.rebuilt.sizes import Varying
+from prunelab.surgery.rebuilt.step import Step
+from prunelab.surgery.rebuilt.tape import Ref
 
 HARMLESS = {"dim", "dims", "dim0", "dim1", "kernel_size", "stride", "padding", "dilation", "output_padding", "pad"}
 HARMLESS |= {"output_size", "index", "shifts", "k", "diagonal", "upscale_factor", "downscale_factor", "padding_idx"}

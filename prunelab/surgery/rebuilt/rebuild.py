@@ -20,25 +20,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
 
-from prunelab.batches import Batches
-from prunelab.compensation.compensate import Compensation, make_up
-from prunelab.curvature.collect import Statistics
 from prunelab.errors import PlanError, PruneLabError
-from prunelab.planning.plan import Plan
-from prunelab.replay.graph import Builder, constant
-from prunelab.replay.inputs import Sizes
-from prunelab.replay.sizes import batch_of, choices, resized, with_batch
-from prunelab.replay.step import Inexpressible
-from prunelab.replay.tape import record
-from prunelab.surgery.apply import PLANS, apply, example_for, masks, open_plan
+from prunelab.kept import masks, open_plan
+from prunelab.plans import PLANS, Plan
+from prunelab.runtime.stack import user_level
+from prunelab.surgery.agreement import example_for
+from prunelab.surgery.layers import layer_type
 from prunelab.surgery.layout import laid_out_like
-from prunelab.surgery.modules import layer_type
+from prunelab.surgery.rebuilt.graph import Builder, constant
+from prunelab.surgery.rebuilt.inputs import Sizes
+from prunelab.surgery.rebuilt.sizes import batch_of, choices, resized, with_batch
+from prunelab.surgery.rebuilt.step import Inexpressible
+from prunelab.surgery.rebuilt.tape import record
+from prunelab.surgery.refit.compensate import make_up
+from prunelab.surgery.refit.options import How
 from prunelab.surgery.weight_norm import folded
 from prunelab.tracing import fakes
 from prunelab.tracing.answering import Answering
 from prunelab.tracing.recorder import first_line, named_tensors
-
-How = Compensation | Statistics | Batches | None
 
 
 class Replayed(fx.GraphModule):
@@ -104,7 +103,7 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None, *, check: bool 
         warnings.warn(
             f"{type(model).__name__} was rebuilt for inputs of exactly the sizes {builder.sizes}: its code computes "
             f"with the batch size in a way that the graph back end cannot follow. {builder.reason}",
-            stacklevel=5,
+            stacklevel=user_level(),
         )
     remembered = dataclasses.replace(plan, budget={**plan.budget, "backend": "graph"})
     setattr(module, PLANS, [*getattr(model, PLANS, []), remembered])
@@ -143,40 +142,6 @@ def _built(model: nn.Module, plan: Plan) -> Builder:
             except Inexpressible as error:
                 reason = str(error)
     raise AssertionError("with fixed sizes every number is what it was")
-
-
-def route(
-    model: nn.Module, plan: Plan, backend: str, *, inplace: bool = False, compensate: How = None, check: bool = True
-) -> nn.Module:
-    """Rebuild the model from its operators (``"graph"``), or only where its own class cannot be cut (``"auto"``).
-
-    A model that is a graph already, and a plan that was carried out in this way before, need no second attempt.
-
-    Raises:
-        PlanError: the plan does not fit the model, ``inplace`` is asked of a graph, or neither way works: the message
-            is then that of cutting the class.
-    """
-    known = isinstance(model, Replayed) or plan.budget.get("backend") == "graph"
-    if backend == "graph" or (known and not inplace):
-        if inplace:
-            raise PlanError("inplace=True cannot be had with backend='graph', which makes a new module.")
-        return replay(model, plan, compensate, check=check)
-    try:
-        return apply(model, plan, inplace=inplace, backend="module", compensate=compensate, check=check)
-    except PlanError as error:
-        if inplace:
-            raise
-        try:
-            rebuilt = replay(model, plan, compensate, check=check)
-        except PlanError as other:
-            raise error from other
-        reason = str(error).replace(", so nothing was cut", "")
-    warnings.warn(
-        f"{type(model).__name__} was rebuilt from its operators as a torch.fx.GraphModule, since its own class cannot "
-        f"be cut: {reason}",
-        stacklevel=4,
-    )
-    return rebuilt
 
 
 # ── parameters, and the check ─────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PlanError
-from prunelab.replay.tape import Row, Tape, record
+from prunelab.surgery.rebuilt.tape import Row, Tape, record
 from prunelab.tracing.recorder import named_tensors
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prunelab.replay.tape import Ref, Row
+from prunelab.surgery.rebuilt.tape import Ref, Row
 
 if TYPE_CHECKING:
-    from prunelab.replay.graph import Builder
+    from prunelab.surgery.rebuilt.graph import Builder
 
 
 class Inexpressible(Exception):

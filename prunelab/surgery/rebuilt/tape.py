@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map
 
 from prunelab.errors import PlanError
-from prunelab.switches import without_data
+from prunelab.runtime.switches import without_data
 from prunelab.tracing import fakes
 from prunelab.tracing.blame import failed
 from prunelab.tracing.known import Known, asks

@@ -16,14 +16,23 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batch, call, checked
-from prunelab.compensation.compensate import Compensation, input_moments
-from prunelab.compensation.refit import (
+from prunelab.curvature.statistics.factor_sums import key
+from prunelab.curvature.statistics.input_moments import columns, consumers, describe, like_weight, matrix
+from prunelab.curvature.statistics.per_sample import as_float
+from prunelab.curvature.watching.layer_calls import FLAT, LayerCall, Taps
+from prunelab.errors import BatchError
+from prunelab.kept import Kept, masks
+from prunelab.plans import Plan
+from prunelab.runtime.devices import exact_on
+from prunelab.runtime.isolation import evaluating
+from prunelab.surgery.refit.moments import input_moments
+from prunelab.surgery.refit.options import Compensation
+from prunelab.surgery.refit.solve import (
     DEPENDENT,
     TWO_WAYS,
     UNSEEN,
@@ -33,21 +42,9 @@ from prunelab.compensation.refit import (
     refit_consumers,
     ridge,
 )
-from prunelab.compensation.tied import tied_weights
-from prunelab.curvature.factor_sums import key
-from prunelab.curvature.inputs import columns, consumers, describe, like_weight, matrix
-from prunelab.curvature.per_sample import as_float
-from prunelab.curvature.taps import FLAT, LayerCall, Taps
-from prunelab.devices import exact_on
-from prunelab.errors import BatchError
-from prunelab.isolation import evaluating
-from prunelab.planning.plan import Plan
-from prunelab.surgery.apply import masks
+from prunelab.surgery.refit.tied import tied_weights
 from prunelab.surgery.silence import masked, zeroed
 from prunelab.tracing.trace import DependencyGraph
-
-if TYPE_CHECKING:
-    from prunelab.surgery.apply import Kept
 
 STORE = 2**30
 """Bytes of outputs of the whole model that are kept at a time."""

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunelab.curvature.inputs import InputMoment, Layer, like_weight, matrix
-from prunelab.curvature.kronecker import Factors
-from prunelab.curvature.taps import IN_FIRST
-from prunelab.devices import exact
+from prunelab.curvature.statistics.input_moments import InputMoment, Layer, like_weight, matrix
+from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError
+from prunelab.kept import Kept
+from prunelab.runtime.devices import exact
 from prunelab.tracing.trace import DependencyGraph
-
-if TYPE_CHECKING:
-    from prunelab.surgery.apply import Kept
-
 
 UNSEEN = "no layer with it was seen"
 TWO_WAYS = "used in two ways"

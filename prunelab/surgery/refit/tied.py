@@ -6,20 +6,18 @@ Flows in: a model, inputs and what stays.  Flows out: the names of such weights 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import call, device_of
-from prunelab.curvature.factor_sums import KINDS
-from prunelab.curvature.taps import IN_FIRST, Taps
+from prunelab.batches.trees import tree_leaves, tree_map
+from prunelab.curvature.statistics.factor_sums import KINDS
+from prunelab.curvature.watching.layer_calls import IN_FIRST, Taps
 from prunelab.errors import BatchError
+from prunelab.kept import Kept
 from prunelab.tracing.trace import DependencyGraph
-from prunelab.trees import tree_leaves, tree_map
-
-if TYPE_CHECKING:
-    from prunelab.surgery.apply import Kept
 
 
 def tied_weights(model: nn.Module, inputs: Any, graph: DependencyGraph, kept: Kept) -> list[str]:

@@ -1,0 +1,1 @@
+"""Figures of the shoot-out and of sweeps."""
