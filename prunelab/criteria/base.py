@@ -157,11 +157,15 @@ KINDS: dict[str, type[Scores]] = {"Scores": Scores}
 """Classes of scores that can be stored, by name."""
 
 
+CRITERIA: dict[str, type[Criterion]] = {}
+"""All criteria, by the name that ``get`` takes."""
+
+
 class Criterion(ABC):
     """A way to score units: ``criterion(graph, batches) -> Scores``."""
 
     name: ClassVar[str]
-    """What ``criteria.get`` knows it by; ``criteria.CRITERIA`` sets it, and ``str(criterion)`` returns it."""
+    """What ``criteria.get`` knows it by: ``class Mine(Criterion, name="mine")``.  ``str(criterion)`` returns it."""
 
     def __post_init__(self) -> None:
         """Check the options that mean the same in every criterion: flags, seeds and losses.
@@ -183,9 +187,22 @@ class Criterion(ABC):
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data."""
+    def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
+        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data.
+
+        Args:
+            name: what ``criteria.get`` knows it by; a class without one is no criterion by itself.
+            options: as for any class.
+
+        Raises:
+            OptionError: another criterion has that name.
+        """
         super().__init_subclass__(**options)
+        if name is not None:
+            other = CRITERIA.setdefault(name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise OptionError(f"There is a criterion {name!r} already, {other.__module__}.{other.__qualname__}.")
+            CRITERIA[name], cls.name = cls, name
         for name in ("__call__", "elementwise"):
             if name in vars(cls):
                 setattr(cls, name, undisturbed()(_with_data(vars(cls)[name])))

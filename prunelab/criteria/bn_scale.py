@@ -23,7 +23,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass
-class BNScale(GroupwiseCriterion):
+class BNScale(GroupwiseCriterion, name="bn_scale"):
     """Score a unit by ``|γ|``, the scale that a norm gives it; reduced over the norms if it passes several.
 
     After batch norm a channel has unit variance over the data, so ``|γ|`` is the deviation of what it hands on.  That

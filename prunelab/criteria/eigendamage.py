@@ -96,7 +96,7 @@ _PARTS = ("importance", "Q_S", "Q_A")
 
 
 @dataclass
-class EigenDamage(KroneckerCriterion):
+class EigenDamage(KroneckerCriterion, name="eigendamage"):
     """Score directions of the Kronecker-factored eigenbasis by ``½ W*² ⊙ Λ``, summed over rows and over columns.
 
     ``W* = Q_Sᵀ W Q_A``; Λ = λ_S λ_Aᵀ, or with ``correction="ekfac"`` the exact second moments of the samples' gradients

@@ -39,7 +39,7 @@ MANY = 2000
 
 
 @dataclass
-class Gate(Criterion):
+class Gate(Criterion, name="gate"):
     """Score a unit by ``½ ∂²L/∂z_u²`` for a gate z_u = 1 that multiplies it where it is consumed.
 
     In the quadratic model this keeps ``½ G_uu``, in one number per unit instead of its weights: removing the unit is

@@ -28,7 +28,7 @@ from prunelab.tracing.groups import Member
 
 
 @dataclass
-class KronOBD(KroneckerCriterion):
+class KronOBD(KroneckerCriterion, name="kron_obd"):
     """Score a channel by ``½ S_ii · w_iᵀ A w_i``, its whole block of F ≈ S ⊗ A; the other weights stay.
 
     A unit with several rows: ``½ Σ_{i,i'} S_ii' w_iᵀ A w_i'``.
@@ -58,7 +58,7 @@ class KronOBD(KroneckerCriterion):
 
 
 @dataclass
-class KronOBS(KroneckerCriterion):
+class KronOBS(KroneckerCriterion, name="kron_obs"):
     """Score a channel by ``½ w_iᵀ A w_i / [S⁻¹]_ii``: what is left of its cost when the other channels adapt.
 
     It is the minimum of ½ δᵀ(S ⊗ A)δ over all δ that take the channel away.  A unit with several rows R:
@@ -98,7 +98,7 @@ class KronOBS(KroneckerCriterion):
 
 
 @dataclass
-class COBD(KroneckerCriterion):
+class COBD(KroneckerCriterion, name="c_obd"):
     """Score a channel by ``½ Σ_j w_ij² F_ij,ij``: OBD of its weights, added up.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with a diagonal H, on producers alone.  Cost: one forward and one
@@ -141,7 +141,7 @@ class COBD(KroneckerCriterion):
 
 
 @dataclass
-class COBS(KroneckerCriterion):
+class COBS(KroneckerCriterion, name="c_obs"):
     """Score a channel by ``½ Σ_j w_ij² / [F⁻¹]_ij,ij`` with ``F⁻¹ = S⁻¹ ⊗ A⁻¹``: OBS of its weights, added up.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with H = S ⊗ A, at its minimum for every weight of the channel by

@@ -20,7 +20,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class OBA(GroupwiseCriterion):
+class OBA(GroupwiseCriterion, name="oba"):
     """Score a weight by ``θ_k (Hθ)_k = Σ_l θ_k H_kl θ_l``, and a unit by the sum over all its weights.
 
     This is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them went at

@@ -21,7 +21,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class OBD(GroupwiseCriterion):
+class OBD(GroupwiseCriterion, name="obd"):
     """Score a weight by ``½ w² h``, h the diagonal of the curvature, and a unit by the sum over all its weights.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with everything off the diagonal of H taken as zero, and leaves out

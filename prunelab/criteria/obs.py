@@ -42,7 +42,7 @@ CURVATURES = ("kronecker", "layer", "dense")
 
 
 @dataclass
-class OBS(KroneckerCriterion):
+class OBS(KroneckerCriterion, name="obs"):
     """Score a unit by ``½ w_Sᵀ ([H⁻¹]_SS)⁻¹ w_S``, what is left of its cost when all other weights adapt.
 
     With a block of H per layer the unit's cost is the sum over all layers that produce or consume it (``kron_obs``

@@ -35,7 +35,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class Oracle(Criterion):
+class Oracle(Criterion, name="oracle"):
     """Score a unit by the measured ``L(without u) − L``, L the mean loss over the batches, in eval mode.
 
     Silencing is that of ``prunelab.masked``: nothing reads the unit, and means, variances and norms leave it out.

@@ -31,7 +31,7 @@ CURVATURES = ("hessian", "ggn")
 
 
 @dataclass
-class Quadratic(Criterion):
+class Quadratic(Criterion, name="quadratic"):
     """Score a unit by ``gᵀδ + ½ δᵀHδ``, with δ = −θ on all of the unit's slices and zero elsewhere.
 
     In the quadratic model this keeps everything, in the coordinates of the weights: every other criterion in them
