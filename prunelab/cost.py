@@ -181,7 +181,7 @@ class CostModel:
         """
         sizes = {self._leaf_of[name]: number for name, number in kept.items()}
 
-        def total(terms: list) -> int:
+        def total(terms: list[Any]) -> int:
             return sum(constant * math.prod(size_with(axis, sizes) for axis in axes) for constant, axes in terms)
 
         return {kind: total(terms) for kind, terms in self._terms.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -155,16 +155,16 @@ class KroneckerCriterion(Criterion):
         scores = {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
         return with_unknown(str(self), graph, scores, by_weight, statistics)
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> what is known of it."""
-        found: dict[str, list] = {}
+        found: dict[str, list[Any]] = {}
         for factors in statistics.kronecker.values():
             found.setdefault(factors.weight, []).append(factors)
         if not found:
             raise BatchError(f"`{self}` found no linear or convolution layer whose outputs have gradients by sample.")
         return found
 
-    def _group(self, group: Group, known: dict[str, list], parameters: Mapping[str, Tensor]) -> Tensor:
+    def _group(self, group: Group, known: dict[str, list[Any]], parameters: Mapping[str, Tensor]) -> Tensor:
         for role in ("produces", "carries", "consumes"):
             rows = []
             for member in group.members:

@@ -13,7 +13,7 @@ Flows in: a dependency graph and batches or ``Statistics``.  Flows out: ``Scores
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class COBD(KroneckerCriterion):
         """Return which statistics are used."""
         return {self.curvature}
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> its moments, or its factors."""
         if self.curvature == "kronecker":
             return super().by_weight(statistics)

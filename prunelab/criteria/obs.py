@@ -141,7 +141,7 @@ class OBS(KroneckerCriterion):
             )
         return found
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> its factors; S is the identity if the layers' own outputs count."""
         known = super().by_weight(statistics)
         if self.curvature == "layer":
@@ -152,7 +152,7 @@ class OBS(KroneckerCriterion):
         """Return what is the identity once it is damped."""
         return torch.eye(like.shape[-1]).to(like).expand_as(like) / (1 + self.damping)
 
-    def _group(self, group: Group, known: dict[str, list], parameters: Any) -> Tensor:
+    def _group(self, group: Group, known: dict[str, list[Any]], parameters: Any) -> Tensor:
         counted = [member for member in group.members if member.name in known]
         if not counted:
             return torch.full((group.size,), torch.inf)

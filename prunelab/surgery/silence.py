@@ -125,7 +125,7 @@ class Silence(WatchedCalls):
         self.seen = seen
         self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
 
-    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_call(self, call: FunctionCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Return what the call returns in the cut network; removed entries of it may be anything."""
         change = self.changes.of(call)
         if change is not None:
@@ -159,7 +159,7 @@ class Change:
     zeroed: dict[int, Masks]
     counted: Masks | None
 
-    def make(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the function gives in the cut network."""
         flat, spec = tree_flatten((args, kwargs))
         places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]

@@ -129,7 +129,7 @@ def fit(
 
 def _train_epoch(
     model: nn.Module,
-    batches: Iterable,
+    batches: Iterable[Any],
     optimizer: Any,
     schedule: Any,
     distill: Distillation | None,
@@ -169,14 +169,14 @@ def mixed_precision(device: torch.device, precision: str = "mixed") -> torch.aut
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
 
 
-def _keep(path: Path, parts: dict, log: list[dict[str, float]]) -> None:
+def _keep(path: Path, parts: dict[str, Any], log: list[dict[str, float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     torch.save({key: part.state_dict() for key, part in parts.items()} | {"log": log}, fresh)
     os.replace(fresh, path)
 
 
-def _resume(path: Path, parts: dict, device: torch.device) -> list[dict[str, float]]:
+def _resume(path: Path, parts: dict[str, Any], device: torch.device) -> list[dict[str, float]]:
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
         for key, part in parts.items():

@@ -22,7 +22,8 @@ from prunelab.criteria import Scores
 from prunelab.experiments.shootout.meter import Meter
 from prunelab.experiments.shootout.settings import Settings
 from prunelab.factorization.factorize import factorize
-from prunelab.planning.choose import Options, choose
+from prunelab.planning.choose import choose
+from prunelab.planning.options import Options
 from prunelab.pruning.seeds import seeded
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
