@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
+from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Normalizer, Reduction, Scores
 from prunelab.criteria.unknown import with_unknown
-from prunelab.curvature.fisher import FISHERS
+from prunelab.curvature.fisher import FISHERS, Curvature, Fisher
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.curvature.watching.layer_calls import IN_FIRST
@@ -113,17 +113,17 @@ class KroneckerCriterion(Criterion):
             loss between groups as they are.
     """
 
-    fishers: ClassVar[tuple[str, ...]] = FISHERS
+    fishers: ClassVar[tuple[Curvature, ...]] = FISHERS
 
-    fisher: str = "empirical"
+    fisher: Fisher = "empirical"
     loss: Loss = F.cross_entropy
     seed: int = 0
-    group_reduction: str = "sum"
-    normalizer: str = "none"
+    group_reduction: Reduction = "sum"
+    normalizer: Normalizer = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalizer == "standarization":
+        if str(self.normalizer) == "standarization":
             self.normalizer = "standardization"
         one_of("fisher", self.fisher, self.fishers)
         one_of("group_reduction", self.group_reduction, REDUCTIONS)

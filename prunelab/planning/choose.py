@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from prunelab.criteria.base import Scores
 from prunelab.errors import BudgetError, PlanError
 from prunelab.planning import pools, widths
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, smallest_gift
-from prunelab.planning.options import COSTS, Options, check_cuttable, only_budget
+from prunelab.planning.options import COSTS, Options, Per, check_cuttable, only_budget
 from prunelab.planning.order import Bundle, Order, removal_order
 from prunelab.planning.timing import Timing, fit_latency
 from prunelab.plans import Cut, Plan
@@ -33,12 +33,12 @@ def plan(
     bytes: float | None = None,
     latency: float | None = None,
     ratio: float | None = None,
-    scope: Literal["global", "layer", "isomorphic"] = "global",
+    scope: pools.Scope = "global",
     max_ratio: float | Mapping[str | nn.Module, float] = pools.MAX_RATIO,
     round_to: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     overrides: Mapping[str | nn.Module, float] | None = None,
-    per: Literal["unit", "flops", "params", "bytes"] = "unit",
+    per: Per = "unit",
     timing: Timing | None = None,
 ) -> Plan:
     """Choose the units to remove: those of lowest score, until a budget is met.

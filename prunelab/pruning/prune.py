@@ -28,7 +28,7 @@ from prunelab.planning.options import Options, only_budget
 from prunelab.plans import Plan
 from prunelab.pruning.given import compensation, train
 from prunelab.pruning.report import Report, metrics_of
-from prunelab.pruning.schedule import Schedule, shares
+from prunelab.pruning.schedule import Schedule, ScheduleName, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
 from prunelab.runtime.isolation import copied
@@ -55,7 +55,7 @@ def prune(
     latency: float | None = None,
     ratio: float | None = None,
     steps: int = 1,
-    schedule: str | Schedule = "geometric",
+    schedule: ScheduleName | Schedule = "geometric",
     compensate: bool | Compensation | Statistics | Batches = False,
     finetune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float] | float] | None = None,

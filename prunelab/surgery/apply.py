@@ -7,7 +7,7 @@ rebuilt from its operators (``rebuilt``); either is held against ``pl.masked``.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from prunelab.surgery.cut import cut
 from prunelab.surgery.rebuilt.rebuild import Replayed, replay
 from prunelab.surgery.refit.options import How
 
+Backend = Literal["auto", "module", "graph"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
 
 @undisturbed()
 def apply(
@@ -27,7 +30,7 @@ def apply(
     plan: Plan,
     *,
     inplace: bool = False,
-    backend: Literal["auto", "module", "graph"] = "auto",
+    backend: Backend = "auto",
     compensate: How = None,
     check: bool = True,
 ) -> nn.Module:
@@ -55,7 +58,7 @@ def apply(
             then as it was.
         BatchError: what ``compensate`` was given does not fit the model.
     """
-    one_of("backend", backend, ("auto", "module", "graph"))
+    one_of("backend", backend, BACKENDS)
     flag("inplace", inplace)
     check_plan(plan)
     known = isinstance(model, Replayed) or plan.budget.get("backend") == "graph"  # needs no second attempt

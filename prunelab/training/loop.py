@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from prunelab.runtime.isolation import eval_mode
 from prunelab.training.distillation import Distillation
 from prunelab.training.recipes import Recipe
 
-PRECISIONS = ("float32", "mixed")
+Precision = Literal["float32", "mixed"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def default_device() -> torch.device:
@@ -35,7 +36,7 @@ def default_device() -> torch.device:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str = "float32"
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: Precision = "float32"
 ) -> dict[str, float]:
     """Return the mean cross-entropy ``loss`` (nats) and ``accuracy`` (share in [0, 1]) over the batches, in eval mode.
 
@@ -73,7 +74,7 @@ def fit(
     state: Path | None = None,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
     progress: bool = True,
-    precision: str = "mixed",
+    precision: Precision = "mixed",
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, where it is, and return one row per epoch.
 
@@ -134,7 +135,7 @@ def _train_epoch(
     schedule: Any,
     distill: Distillation | None,
     bar: tqdm,
-    precision: str,
+    precision: Precision,
 ) -> float:
     """Train for one epoch and return the mean loss."""
     device = next(model.parameters()).device
@@ -154,7 +155,7 @@ def _train_epoch(
     return total.item() / seen
 
 
-def mixed_precision(device: torch.device, precision: str = "mixed") -> torch.autocast:
+def mixed_precision(device: torch.device, precision: Precision = "mixed") -> torch.autocast:
     """Return a context in which a GPU that can multiplies in bfloat16; weights and sums stay in float32.
 
     With bfloat16's range of exponents gradients need no scaling.  GPUs before NVIDIA's Ampere, and CPUs, compute in
