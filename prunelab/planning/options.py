@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import nn
 
@@ -23,6 +23,18 @@ CostKind = Literal["flops", "params", "bytes"]
 COSTS: tuple[CostKind, ...] = get_args(CostKind)
 Per = Literal["unit", CostKind]
 PERS: tuple[Per, ...] = get_args(Per)
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keywords of ``plan``, besides its budget, that ``prune`` passes on; see there."""
+
+    scope: pools.Scope
+    max_ratio: float | Mapping[str | nn.Module, float] | None
+    round_to: int | None
+    ignore: str | nn.Module | Iterable[str | nn.Module] | None
+    overrides: Mapping[str | nn.Module, float] | None
+    per: Per
+    timing: Timing | None
 
 
 @dataclass(frozen=True)

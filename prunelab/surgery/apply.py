@@ -54,9 +54,20 @@ def apply(
         The smaller model: of the same class or a ``torch.fx.GraphModule``, in the same mode, on the same device.
 
     Raises:
+        OptionError: an option is not one of those above.
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says; ``model`` is
             then as it was.
         BatchError: what ``compensate`` was given does not fit the model.
+
+    >>> import torch, prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan = pl.plan(pl.criteria.get("magnitude")(pl.trace(model, torch.ones(1, 4))), ratio=0.5)
+    >>> pl.apply(model, plan)
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=2, bias=True)
+    )
     """
     one_of("backend", backend, BACKENDS)
     flag("inplace", inplace)

@@ -46,6 +46,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         model: the model that the plan was made for, in any mode and on any device.
         plan: what goes.
 
+    Returns:
+        The copy, with all its parameters in their old shapes, in the same mode, on the same device.
+
     Raises:
         PlanError: the plan does not fit the model.  When the copy runs: its code takes a statistic over removed units
             that is not known here, or couples units otherwise with these inputs.
