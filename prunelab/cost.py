@@ -54,7 +54,8 @@ class Cost:
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     batch, heads, tokens, width = query
-    return 2 * batch * heads * tokens * key[-2] * (width + value[-1])
+    flops: int = 2 * batch * heads * tokens * key[-2] * (width + value[-1])
+    return flops
 
 
 _MISSING_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}

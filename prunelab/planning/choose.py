@@ -161,7 +161,7 @@ def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:
 
     def missed(gone: Gone) -> float:
         if kind == "ratio":
-            return abs(_miss_of_ratio(share, competing, gone, options.since).get("missed", 0.0))
+            return abs(float(_miss_of_ratio(share, competing, gone, options.since).get("missed", 0.0)))
         return max(1 - TOLERANCE - spent(gone) / share, 0.0) if kind in COSTS else 0.0
 
     found: list[tuple[Supply, Gone, dict[str, Any]]] = []

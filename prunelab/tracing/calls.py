@@ -119,7 +119,7 @@ class RealAxes(TorchDispatchMode):
 
     def dims(self, tensor: Tensor) -> Dims:
         """Return the axes of a tensor; one that was never seen is an input or a constant of the code."""
-        found = self._dims.get(tensor)
+        found: Dims | None = self._dims.get(tensor)
         if found is None:
             found = [Dim(leaf(size, "an input or a constant")) for size in tensor.shape]
             self.know(tensor, found)
@@ -385,7 +385,7 @@ class WatchedCalls(Calls):
     def _is_silent(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is zero where parameters made it so; a view whose base was written to is not."""
         if tensor in self._silent:
-            return self._silent[tensor] == _version(tensor)
+            return bool(self._silent[tensor] == _version(tensor))
         return isinstance(tensor, nn.Parameter)
 
     def _follows(self, call: FunctionCall, number: bool) -> bool:

@@ -181,7 +181,8 @@ def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> n
             for name, value in module.__getstate__().items()
         }
         memo[id(module)].__setstate__(state)
-    return _copied(model, memo)
+    copy: nn.Module = _copied(model, memo)
+    return copy
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -7,7 +7,7 @@ size.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
 from types import SimpleNamespace
@@ -194,5 +194,5 @@ def _replaced(inner: tuple[Any, ...], steps: tuple[str | int, ...], value: Any) 
         _put(parts[first], tuple(rest), value)
     else:
         parts[first] = value
-    make: Any = getattr(type(inner), "_make", type(inner))
+    make: Callable[[list[Any]], tuple[Any, ...]] = getattr(type(inner), "_make", type(inner))
     return make(parts)

@@ -269,7 +269,7 @@ def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
 
 
 def _run_at_another_size(
-    copy: nn.Module, inputs: tuple[Any, ...], mode: Any, recorder: Recorder
+    copy: nn.Module, inputs: tuple[Any, ...], mode: fakes.FakeMode, recorder: Recorder
 ) -> tuple[list[Tensor], set[int]]:
     """Trace the model onto the same axes at the first other size at which it runs.
 

@@ -182,6 +182,7 @@ def _resume(path: Path, parts: dict[str, Any], device: torch.device) -> list[dic
         kept = torch.load(path, map_location=device, weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(kept[key])
+        log: list[dict[str, float]] = kept["log"]
     except Exception as error:
         raise DataError(f"{path} is not the state of this run ({error}); delete it to start again.") from error
-    return kept["log"]
+    return log
