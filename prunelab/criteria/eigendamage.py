@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -91,6 +91,9 @@ class EigenScores(Scores):
 
 KINDS["EigenScores"] = EigenScores
 
+Correction = Literal["none", "ekfac"]
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+
 _PARTS = ("importance", "Q_S", "Q_A")
 """What is stored of every layer."""
 
@@ -114,11 +117,11 @@ class EigenDamage(KroneckerCriterion, name="eigendamage"):
     *Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis*, equation 11.
     """
 
-    correction: Literal["none", "ekfac"] = "none"
+    correction: Correction = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("correction", self.correction, ("none", "ekfac"))
+        one_of("correction", self.correction, CORRECTIONS)
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""

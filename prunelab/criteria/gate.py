@@ -22,7 +22,7 @@ from prunelab.batches.trees import tree_leaves, tree_map
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates
 from prunelab.criteria.memory import check_fits
-from prunelab.curvature.fisher import columns, passes, slopes
+from prunelab.curvature.fisher import CURVATURES, Curvature, columns, passes, slopes
 from prunelab.curvature.statistics.collect import Statistics
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError, OptionError
@@ -31,8 +31,6 @@ from prunelab.runtime.isolation import evaluating
 from prunelab.runtime.stack import user_level
 from prunelab.runtime.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
-
-CURVATURES = ("ggn", "mc", "empirical", "hessian")
 
 MANY = 2000
 """Backward passes for one batch, above which ``"ggn"`` warns."""
@@ -70,7 +68,7 @@ class Gate(Criterion, name="gate"):
     the Knowledge in a Neural Network*, section 2.
     """
 
-    curvature: str = "ggn"
+    curvature: Curvature = "ggn"
     linear: bool = False
     interactions: bool = False
     samples: int = 1

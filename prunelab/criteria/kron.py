@@ -13,7 +13,7 @@ Flows in: a dependency graph and batches or ``Statistics``.  Flows out: ``Scores
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.options import one_of
 from prunelab.sparsity.surgeon import damped_inverse
 from prunelab.tracing.groups import Member
+
+QuadraticForm = Literal["exact", "published"]
+QUADRATIC_FORMS: tuple[QuadraticForm, ...] = get_args(QuadraticForm)
+Diagonal = Literal["moments", "kronecker"]
+DIAGONALS: tuple[Diagonal, ...] = get_args(Diagonal)
 
 
 @dataclass
@@ -44,7 +49,7 @@ class KronOBD(KroneckerCriterion, name="kron_obd"):
     Source: Wang et al. 2019, *EigenDamage*, section 4.
     """
 
-    quadratic_form: Literal["exact", "published"] = "exact"
+    quadratic_form: QuadraticForm = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +81,7 @@ class KronOBS(KroneckerCriterion, name="kron_obs"):
     """
 
     damping: float = 1e-3
-    quadratic_form: Literal["exact", "published"] = "exact"
+    quadratic_form: QuadraticForm = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,17 +117,17 @@ class COBD(KroneckerCriterion, name="c_obd"):
     Source: Wang et al. 2019, *EigenDamage*, section 4; LeCun et al. 1989 for a single weight.
     """
 
-    curvature: Literal["moments", "kronecker"] = "moments"
+    curvature: Diagonal = "moments"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("curvature", self.curvature, ("moments", "kronecker"))
+        one_of("curvature", self.curvature, DIAGONALS)
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""
         return {self.curvature}
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> its moments, or its factors."""
         if self.curvature == "kronecker":
             return super().by_weight(statistics)
@@ -171,4 +176,4 @@ def _published(part: Block) -> Tensor:
 
 
 def _check_form(form: str) -> None:
-    one_of("quadratic_form", form, ("exact", "published"))
+    one_of("quadratic_form", form, QUADRATIC_FORMS)
