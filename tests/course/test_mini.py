@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.networks import ResNet
-from prunelab.planning.plan import Cut
+from prunelab.plans import Cut
 from tests.cases import error, perturb
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "mini.py"
