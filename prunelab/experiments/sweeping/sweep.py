@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from prunelab.errors import PruneLabError
 from prunelab.experiments.sweeping import cluster, records
-from prunelab.experiments.sweeping.gpus import locked
 from prunelab.experiments.sweeping.grid import Grid, GridError, make_grid, read_grid
 from prunelab.experiments.sweeping.jobs import Job, Prepared, prepared
 from prunelab.experiments.sweeping.machine import provenance, typed
@@ -82,16 +82,17 @@ def sweep(
     folder = Path("out") / made.name if out is None else Path(out)
     if ADDRESS.match(str(out or "")):
         raise GridError(f"out={str(out)!r} looks like the address of a scheduler: give scheduler={str(out)!r}.")
-    for name, value in (("workers", workers),):
-        if value is not None and (type(value) is not int or value < 0):
-            raise GridError(f"{name}={value!r} is no whole number from 0 on.")
+    if workers is not None and (type(workers) is not int or workers < 0):
+        raise GridError(f"`workers` must be an integer from 0 on, got {workers!r}.")
     import prunelab
 
     ready = prepared(made, prunelab.__version__ if by_version else None)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock") as free:
-        if not free:
-            raise PruneLabError(f"Another sweep is running in {folder}: wait for it, or give another folder.")
+    try:
+        held = FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise PruneLabError(f"Another sweep is running in {folder}: wait for it, or give another folder.") from None
+    with held:
         _check_folder(folder, made)
         _run(made, ready, folder, scheduler, workers, by_version, command or typed(), progress)
     return records.table(folder)
