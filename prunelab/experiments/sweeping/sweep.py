@@ -32,6 +32,7 @@ from prunelab.experiments.sweeping.machine import provenance, typed
 from prunelab.experiments.sweeping.work import ATTEMPT, record_of
 from prunelab.files.atomic import replacing
 from prunelab.options import shown
+from prunelab.runtime.devices import cores
 
 ADDRESS = re.compile(r"^[a-z]+://")
 SHOWN = 5
@@ -142,7 +143,7 @@ def _run(
     limits = made.limits.to_dict()
     here = cluster.default_workers(limits["gpus"]) if workers is None else workers
     if limits["threads"] is None and scheduler is None:
-        limits["threads"] = max(cluster.cores() // max(here, 1), 1)
+        limits["threads"] = max(cores() // max(here, 1), 1)
     folders = _folders(folder, ready.jobs)
     missing, why = _missing(ready.jobs, folders, by_version)
     began = time.time()
