@@ -45,10 +45,12 @@ test: lint types unit notebooks ## run everything that CI runs
 lab: setup ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-lint: setup ## check style and format (ruff)
+lint: setup ## check style and format (ruff), and that every import is declared (deptry)
 	@echo "== lint"
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
+	@$(RUN) -m deptry examples notebooks prunelab
+	@$(RUN) -m deptry bench binder data docs sweeps tests --ignore DEP002,DEP004
 
 types: setup ## check types (mypy)
 	@echo "== types"

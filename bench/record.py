@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from prunelab.files.atomic import replacing
 
 
 def keep(path: Path, kept: dict[str, Any], markdown: Callable[[dict[str, Any]], str]) -> None:
@@ -19,7 +20,6 @@ def keep(path: Path, kept: dict[str, Any], markdown: Callable[[dict[str, Any]], 
     """
     rows = ",\n".join(json.dumps(row) for row in kept["rows"])
     rest = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in kept.items() if key != "rows")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(f'{{{rest}"rows": [\n{rows}\n]}}\n', encoding="utf-8")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        fresh.write_text(f'{{{rest}"rows": [\n{rows}\n]}}\n', encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(kept), encoding="utf-8")

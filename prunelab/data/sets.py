@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunelab.errors import DataError
+from prunelab.runtime.devices import cores
 from prunelab.runtime.extras import extra
 
 Transform = Callable[[Tensor], Tensor]
@@ -250,11 +251,6 @@ def loader(
         num_workers=workers,
         pin_memory=workers > 0 and torch.cuda.is_available(),
     )
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def store() -> Path:

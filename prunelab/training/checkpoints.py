@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prunelab import data, zoo
 from prunelab.data.sets import CIFAR10
+from prunelab.files.atomic import replacing
 from prunelab.training.loop import default_device, evaluate, fit
 from prunelab.training.recipes import PAPERS, RECIPES, Recipe
 
@@ -58,7 +59,8 @@ def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Rec
     path = weights_path(out, name, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"network": name, "dtype": "float16", "classes": str(images.classes)}
-    save_file(weights, path, metadata=about)
+    with replacing(path) as fresh:
+        save_file(weights, fresh, metadata=about)
     model.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     )
@@ -76,7 +78,8 @@ def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Rec
         "accuracy": accuracy,
         "log": log,
     }
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(path.with_suffix(".json")) as fresh:
+        fresh.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

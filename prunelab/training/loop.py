@@ -6,7 +6,6 @@ Flows in: a model and a set of images.  Flows out: the same model, trained, and 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from prunelab import data
 from prunelab.errors import BudgetError, DataError
+from prunelab.files.atomic import replacing
 from prunelab.runtime.devices import accelerator
 from prunelab.runtime.isolation import eval_mode
 from prunelab.training.distillation import Distillation
@@ -172,9 +172,8 @@ def mixed_precision(device: torch.device, precision: Precision = "mixed") -> tor
 
 def _keep(path: Path, parts: dict[str, Any], log: list[dict[str, float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    torch.save({key: part.state_dict() for key, part in parts.items()} | {"log": log}, fresh)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        torch.save({key: part.state_dict() for key, part in parts.items()} | {"log": log}, fresh)
 
 
 def _resume(path: Path, parts: dict[str, Any], device: torch.device) -> list[dict[str, float]]:

@@ -13,12 +13,13 @@ import dask
 import distributed  # noqa: F401, it brings the settings of its workers
 import nbformat
 import pytest
+from filelock import FileLock
 
 import prunelab as pl
 from prunelab.__main__ import main
 from prunelab.experiments.sweeping import GridError, Limits, gpus, jobs, make_grid, read_grid
 from prunelab.experiments.sweeping.cluster import carried, default_workers, on_dask
-from prunelab.experiments.sweeping.gpus import borrowed, locked, visible
+from prunelab.experiments.sweeping.gpus import borrowed, visible
 from prunelab.experiments.sweeping.jobs import prepared, short_hash
 from prunelab.experiments.sweeping.kernel import TRIM
 from tests.sweeps import executions, write_notebook
@@ -253,7 +254,7 @@ def test_a_job_sees_the_gpu_that_it_was_given(tiny, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "gpu-for-test-5,gpu-for-test-6")
     assert default_workers(None) == 2
     assert default_workers(2) == 1
-    with locked(gpus._file("gpu-for-test-5")):
+    with FileLock(gpus._file("gpu-for-test-5")):
         table = tiny({"a": [1]})
     assert table["where"][0] == "gpu-for-test-6"
     table = tiny({"a": [2]}, limits={"gpus": 3})
@@ -286,7 +287,7 @@ def test_gpus_are_lent_to_one_at_a_time(monkeypatch):
 
 def test_two_sweeps_do_not_share_a_folder(tiny):
     tiny.out.mkdir()
-    with locked(tiny.out / ".lock"), pytest.raises(pl.PruneLabError, match="Another sweep is running"):
+    with FileLock(tiny.out / ".lock"), pytest.raises(pl.PruneLabError, match="Another sweep is running"):
         tiny({"a": [1]})
     (tiny.out / "thesis.tex").write_text("")
     with pytest.raises(pl.PruneLabError, match="holds no sweep but thesis.tex"):
@@ -300,7 +301,7 @@ def test_what_is_no_grid_or_folder_is_named(tiny):
         pl.sweep(tiny.notebook, 3)
     with pytest.raises(GridError, match=r"out='tcp://[^']*' looks like the address of a scheduler: give scheduler="):
         pl.sweep(tiny.notebook, {"a": [1]}, "tcp://10.0.0.1:8786")
-    with pytest.raises(GridError, match="workers=-1"):
+    with pytest.raises(GridError, match=r"`workers` must be an integer from 0 on, got -1"):
         pl.sweep(tiny.notebook, {"a": [1]}, workers=-1)
     with pytest.raises(GridError, match="`limits.threads` is 0, but should be a whole number from 1 on"):
         Limits(threads=0)

@@ -25,9 +25,12 @@ MACHINE_PATH = re.compile(r"(?:(?<=file://)|(?<![\w.~$})/-]))/(?:root|home|Users
 
 
 def bounds(*extras: str) -> dict[str, SpecifierSet]:
-    """Return what pyproject.toml asks for, with the named extras."""
-    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
-    return {canonicalize_name(need.name): need.specifier for need in map(Requirement, lines)}
+    """Return what pyproject.toml asks for, with the named extras, and the extras that these name."""
+    found = {}
+    for line in [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]:
+        need = Requirement(line)
+        found |= bounds(*need.extras) if need.name == "prunelab" else {canonicalize_name(need.name): need.specifier}
+    return found
 
 
 def locked() -> list[Requirement]:

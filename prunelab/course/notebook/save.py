@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from prunelab.course.notebook.kernel import QUIET, START_TIMEOUT, existing, gist, prepare_kernel
 from prunelab.course.notebook.progress import is_bar
 from prunelab.errors import PruneLabError
+from prunelab.files.atomic import replacing
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LARGEST = 600_000
@@ -62,9 +62,8 @@ def save(notebook: str | Path, *, timeout: int = 600) -> None:
         problems.append(f"it has {len(text.encode()) / 1000:.0f} kB, and at most {LARGEST / 1000:.0f} are allowed")
     if problems:
         raise PruneLabError(f"{path.name} was not saved: {'; '.join(problems)}.")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def clean(book: Any) -> None:

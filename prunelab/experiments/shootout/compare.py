@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -20,15 +21,7 @@ def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
     >>> mean_ranks([[0.9, 0.8, 0.8], [0.7, 0.9, 0.1]])
     array([1.5 , 1.75, 2.75])
     """
-    return ranks(values).mean(0)
-
-
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Return the rank of every method within its block, as ``mean_ranks`` counts them."""
-    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    better = (table[:, None, :] > table[:, :, None]).sum(2)
-    equal = (table[:, None, :] == table[:, :, None]).sum(2)
-    return better + (equal + 1) / 2
+    return pd.DataFrame(np.atleast_2d(values)).rank(axis=1, ascending=False).mean().to_numpy()
 
 
 def pareto_front(costs: ArrayLike, values: ArrayLike) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from prunelab.experiments.shootout.compare import bootstrap, ranks
+from prunelab.experiments.shootout.compare import bootstrap
 
 METHOD = "criterion"
 """The parameter that a method is named after."""
@@ -116,24 +116,13 @@ def ranking(rows: pd.DataFrame, metric: str, *, lower_is_better: bool = False, d
     columns = ["method", "mean_rank", "low", "high", metric, f"{metric}_low", f"{metric}_high", "first", "blocks"]
     if wide.empty:
         return pd.DataFrame(columns=columns)
-    values = wide.to_numpy()
-    placed = ranks(-values if lower_is_better else values)
-    cases = [index[0] if isinstance(index, tuple) else index for index in wide.index]
-    low, high = bootstrap(placed, cases, draws=draws)
-    lowest, highest = bootstrap(values, cases, draws=draws)
-    best = (placed == placed.min(1, keepdims=True)).mean(0)
-    found = {
-        "method": list(wide.columns),
-        "mean_rank": placed.mean(0),
-        "low": low,
-        "high": high,
-        metric: values.mean(0),
-        f"{metric}_low": lowest,
-        f"{metric}_high": highest,
-        "first": best,
-        "blocks": len(wide),
-    }
-    return pd.DataFrame(found, columns=columns).sort_values("mean_rank", kind="stable").reset_index(drop=True)
+    placed = wide.rank(axis=1, ascending=lower_is_better)
+    cases = list(wide.index.get_level_values("case"))
+    found = pd.DataFrame({"mean_rank": placed.mean(), metric: wide.mean(), "blocks": len(wide)})
+    found["low"], found["high"] = bootstrap(placed, cases, draws=draws)
+    found[f"{metric}_low"], found[f"{metric}_high"] = bootstrap(wide, cases, draws=draws)
+    found["first"] = placed.eq(placed.min(axis=1), axis=0).mean()
+    return found.sort_values("mean_rank", kind="stable").reset_index()[columns]
 
 
 def beside(rows: pd.DataFrame, published: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

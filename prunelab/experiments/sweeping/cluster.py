@@ -19,6 +19,7 @@ from typing import Any
 from prunelab.errors import PruneLabError
 from prunelab.experiments.sweeping import gpus, kernel, work
 from prunelab.files import atomic
+from prunelab.runtime.devices import cores
 
 Record = dict[str, Any]
 LOOK = 5
@@ -31,11 +32,6 @@ def default_workers(gpus_per_job: int | None) -> int:
     if devices and gpus_per_job != 0:
         return max(devices // (gpus_per_job or 1), 1)
     return cores()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_this_process(jobs: list[dict[str, Any]]) -> Generator[Record]:

@@ -6,6 +6,7 @@ Flows in: the table of a sweep.  Flows out: a static figure for one choice, or a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def drawing(
     metric: str = "accuracy",
     mark: tuple[float, float] | None = None,
 ) -> tuple[Figure, str]:
-    """Return the figure of one choice, and what it shows in words.
+    """Return the figure of one choice, and what it shows in words, as HTML.
 
     Args:
         rows: of ``found``.
@@ -89,7 +90,8 @@ def drawing(
         here = rows[rows["panel"] == panel]
     best = here.loc[here[metric].idxmax()]
     words = (
-        f"<b>{panel}</b>: {len(here)} runs of {here['method'].nunique()} methods. The best, {best['method']}, has "
+        f"<b>{escape(panel)}</b>: {len(here)} runs of {here['method'].nunique()} methods. "
+        f"The best, {escape(best['method'])}, has "
         f"{metric} {best[metric]:.1%} with {best[left]:.0%} of the {NAMES.get(left, left)}."
     )
     return pareto(here, left, metric, title=panel, mark=mark), words

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 PATIENCE = 0.5
 """Seconds between two looks for a device that is free."""
 
@@ -47,42 +49,20 @@ def borrowed(number: int | None, devices: list[str]) -> Iterator[list[str]]:
     wanted = min(1, len(devices)) if number is None else number
     if wanted > len(devices):
         raise ValueError(f"it wants {wanted} GPUs (limits.gpus), and its machine has {len(devices)}")
-    with contextlib.ExitStack() as held:
-        mine: list[str] = []
-        while len(mine) < wanted:
+    while True:
+        with contextlib.ExitStack() as held:
+            mine: list[str] = []
             for device in devices:
-                if len(mine) < wanted and device not in mine and held.enter_context(locked(_file(device))):
-                    mine.append(device)
-            if len(mine) < wanted:  # give back what is not enough, so that two that want two do not wait for each other
-                held.close()
-                mine = []
-                time.sleep(PATIENCE)
-        yield mine
+                with contextlib.suppress(Timeout):
+                    if len(mine) < wanted:
+                        held.enter_context(FileLock(_file(device)).acquire(blocking=False))
+                        mine.append(device)
+            if len(mine) == wanted:
+                yield mine
+                return
+        time.sleep(PATIENCE)  # with none held, so that two that want two do not wait for each other
 
 
 def _file(device: str) -> Path:
     owner = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"prunelab-{owner}-gpu-{re.sub('[^A-Za-z0-9-]', '-', device)}.lock"
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock on a file while the block runs, and yield whether it was to be had.
-
-    Where the system or the file system knows no such locks (Windows), it always is.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            yield True
-            return
-        yield True

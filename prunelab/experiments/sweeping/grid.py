@@ -167,7 +167,7 @@ def shootout() -> Path:
     Raises:
         GridError: neither is there.
     """
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     places = [folder / "15_shootout.ipynb" for folder in (package.parent / "notebooks", package / "_notebooks")]
     found = next((place for place in places if place.is_file()), None)
     if found is None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prunelab.experiments.sweeping.cluster import cores
+from prunelab.runtime.devices import cores
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """What a report looks like: a page that stands on its own, and a summary in Markdown.
 
-Flows in: ``Findings``.  Flows out: HTML and Markdown.
+Flows in: ``Findings``.  Flows out: HTML and Markdown, from the templates ``page.html`` and ``page.md``.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from prunelab.experiments.figures.shootout import NAMES
 
@@ -25,72 +24,52 @@ METHOD = (
     "replacement, then seeds within them (10,000 draws). A method that is missing in more than half of the blocks is "
     "not ranked, and a block that lacks one that is ranked is left out."
 )
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
-th.words, td.words { text-align: left; white-space: normal; min-width: 16rem; }
-img { max-width: 100%; } figure { margin: 1rem 0; } figcaption { color: #555; }
-.state { font-size: 1.1rem; } .bad { color: #a33b00; }
-"""
-SHOWN = 40
-"""Jobs that are listed by name when they are missing."""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def page(found: Findings, place: Path) -> str:
     """Return the report as one HTML file; links to notebooks of failed jobs are relative to ``place``."""
-    parts = [f"<h1>{html.escape(found.manifest['name'])}</h1>", f'<p class="state">{_state(found)}</p>']
-    if len(found.rows):
-        parts += _results(found)
-    parts += _published(found)
-    parts += _failures(found, place)
-    parts.append("<h2>Where the numbers come from</h2>" + _html(provenance(found)))
-    body = "\n".join(parts)
-    title = html.escape(found.manifest["name"])
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    figures = {name: (base64.b64encode(image).decode(), words) for name, (image, words) in found.figures.items()}
+    ranking = figures.pop("ranking", None)
+    titled = [(_title(name), *figure) for name, figure in figures.items()]
+    failed = [job | {"link": _link(found.folder / "jobs" / job["folder"], place)} for job in found.failed]
+    shown = _shown(found) | {"figures": titled, "ranking_figure": ranking, "failed": failed}
+    return TEMPLATES.get_template("page.html").render(shown)
 
 
-def _results(found: Findings) -> Iterable[str]:
-    for name, (image, words) in found.figures.items():
-        if name != "ranking":
-            yield f"<h2>{html.escape(_title(name))}</h2>{_figure(image, words)}"
-    if "ranking" in found.figures:
-        yield f"<h2>Ranking</h2>{_figure(*found.figures['ranking'])}<p>{METHOD}</p>{_html(ranked(found))}"
-    yield "<h2>Means over seeds</h2>"
-    for panel in dict.fromkeys(found.rows["panel"]):
-        yield f"<h3>{html.escape(panel)}</h3>{_html(crossed(found, panel))}"
+def markdown(found: Findings) -> str:
+    """Return the means, the ranking and where they come from, as Markdown."""
+    return TEMPLATES.get_template("page.md").render(_shown(found))
 
 
-def _published(found: Findings) -> Iterable[str]:
-    if len(found.published):
-        shown = found.published.copy()
-        for name in ("published", "ours", "std", "difference"):
-            shown[name] = [_number(value, metric) for value, metric in zip(shown[name], shown["metric"], strict=True)]
-        yield "<h2>Beside published numbers</h2>" + _html(shown, words=("source",))
+def _shown(found: Findings) -> dict[str, Any]:
+    """Return what both templates show."""
+    total = len(found.manifest["jobs"])
+    return {
+        "name": found.manifest["name"],
+        "total": total,
+        "done": total - len(found.failed) - len(found.missing),
+        "failed": found.failed,
+        "missing": found.missing,
+        "metric": _header(found.metric),
+        "panels": {panel: crossed(found, panel) for panel in found.rows["panel"].unique()},
+        "method": METHOD,
+        "ranking": ranked(found) if len(found.ranking) > 1 else None,
+        "published": published(found) if len(found.published) else None,
+        "calls": provenance(found),
+        "minutes": found.table.drop_duplicates("job")["seconds"].sum() / 60,
+    }
 
 
-def _failures(found: Findings, place: Path) -> Iterable[str]:
-    if found.failed:
-        rows = []
-        for job in found.failed:
-            notebook = found.folder / "jobs" / job["folder"] / "notebook.ipynb"
-            link = html.escape(job["job"])
-            if notebook.is_file():
-                way = Path(os.path.relpath(notebook, place)).as_posix()
-                link = f'<a href="{html.escape(way)}">{link}</a>'
-            error = html.escape(job["message"])
-            rows.append(f'<tr><td>{link}</td><td>{job["attempts"]}</td><td class="words">{error}</td></tr>')
-        head = "<tr><th>job, with its notebook</th><th>attempts</th><th>error</th></tr>"
-        yield f"<h2>Failed</h2><table>{head}{''.join(rows)}</table>"
-    if found.missing:
-        names = "".join(f"<li>{html.escape(name)}</li>" for name in found.missing[:SHOWN])
-        more = f"<p>and {len(found.missing) - SHOWN} more</p>" if len(found.missing) > SHOWN else ""
-        yield f"<h2>Missing</h2><ul>{names}</ul>{more}"
+def _link(job: Path, place: Path) -> str:
+    notebook = job / "notebook.ipynb"
+    return Path(os.path.relpath(notebook, place)).as_posix() if notebook.is_file() else ""
 
 
 def _title(figure: str) -> str:
@@ -99,32 +78,7 @@ def _title(figure: str) -> str:
     return words[:1].upper() + words[1:] + (f": {panel[0]}" if panel else "")
 
 
-def _figure(image: bytes, words: str) -> str:
-    data = base64.b64encode(image).decode()
-    return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{words}</figcaption></figure>'
-
-
-def _html(table: pd.DataFrame, words: tuple[str, ...] = ()) -> str:
-    head = "".join(f"<th{' class=words' if name in words else ''}>{html.escape(str(name))}</th>" for name in table)
-    lines = []
-    for row in table.to_dict("records"):
-        cells = (
-            f"<td{' class=words' if name in words else ''}>{html.escape(str(value))}</td>"
-            for name, value in row.items()
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
 # ── tables, as they are shown ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _state(found: Findings) -> str:
-    total, failed, missing = len(found.manifest["jobs"]), len(found.failed), len(found.missing)
-    said = f"{total - failed - missing} of {total} jobs are done"
-    said += f', <span class="bad">{failed} failed</span>' if failed else ""
-    said += f', <span class="bad">{missing} are missing</span>: call the sweep again to run them' if missing else ""
-    return said + "."
 
 
 def _number(value: Any, name: str) -> str:
@@ -156,15 +110,21 @@ def ranked(found: Findings) -> pd.DataFrame:
 
 def crossed(found: Findings, panel: str) -> pd.DataFrame:
     """Return the means of one panel: a row per method, a column per setting, ``mean ± deviation`` over seeds."""
-    here = found.means[found.means["panel"] == panel]
-    rows: dict[str, dict[str, str]] = {}
-    for row in here.to_dict("records"):
-        text = _number(row[found.metric], found.metric)
-        if row["runs"] > 1:
-            text += f" ± {_number(row['std'], found.metric)}"
-        rows.setdefault(row["method"], {})[row["setting"] or _header(found.metric)] = text
-    table = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
-    return table.rename_axis("method").reset_index()
+    here = found.means[found.means["panel"] == panel].replace({"setting": {"": _header(found.metric)}})
+    texts = [
+        _number(mean, found.metric) + (f" ± {_number(std, found.metric)}" if runs > 1 else "")
+        for mean, std, runs in zip(here[found.metric], here["std"], here["runs"], strict=True)
+    ]
+    table = here.assign(text=texts).set_index(["method", "setting"])["text"].unstack(fill_value="–")
+    return table.loc[here["method"].unique(), here["setting"].unique()].reset_index()
+
+
+def published(found: Findings) -> pd.DataFrame:
+    """Return published numbers beside ours as they are shown."""
+    shown = found.published.copy()
+    for name in ("published", "ours", "std", "difference"):
+        shown[name] = [_number(value, metric) for value, metric in zip(shown[name], shown["metric"], strict=True)]
+    return shown
 
 
 def provenance(found: Findings) -> pd.DataFrame:
@@ -186,42 +146,3 @@ def provenance(found: Findings) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def markdown(found: Findings) -> str:
-    """Return the means, the ranking and where they come from, as Markdown."""
-    lines = [f"# {found.manifest['name']}", "", _plain(_state(found)), ""]
-    for panel in dict.fromkeys(found.rows["panel"]) if len(found.rows) else ():
-        lines += [
-            f"**{panel}**: {_header(found.metric)}" if panel else f"**{_header(found.metric)}**",
-            "",
-            _pipes(crossed(found, panel)),
-            "",
-        ]
-    if len(found.ranking) > 1:
-        lines += ["**Ranking.** " + METHOD, "", _pipes(ranked(found)), ""]
-    if len(found.published):
-        shown = found.published.assign(
-            **{
-                name: [_number(v, m) for v, m in zip(found.published[name], found.published["metric"], strict=True)]
-                for name in ("published", "ours", "std", "difference")
-            }
-        )
-        lines += ["**Beside published numbers**", "", _pipes(shown), ""]
-    calls = provenance(found)
-    last = calls.iloc[-1]
-    lines.append(
-        f"Command: `{last['command']}`; prunelab {last['prunelab']}; {last['versions']}; {last['hardware']}; jobs took "
-        f"{found.table.drop_duplicates('job')['seconds'].sum() / 60:.1f} minutes together, in {len(calls)} calls."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _plain(text: str) -> str:
-    return text.replace('<span class="bad">', "").replace("</span>", "")
-
-
-def _pipes(table: pd.DataFrame) -> str:
-    lines = ["| " + " | ".join(str(name) for name in table) + " |", "|---" + "|---:" * (table.shape[1] - 1) + "|"]
-    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in table.itertuples(index=False)]
-    return "\n".join(lines)

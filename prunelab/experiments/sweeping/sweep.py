@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from prunelab.errors import PruneLabError
 from prunelab.experiments.sweeping import cluster, records
-from prunelab.experiments.sweeping.gpus import locked
 from prunelab.experiments.sweeping.grid import Grid, GridError, make_grid, read_grid
 from prunelab.experiments.sweeping.jobs import Job, Prepared, prepared
 from prunelab.experiments.sweeping.machine import provenance, typed
 from prunelab.experiments.sweeping.work import ATTEMPT, record_of
 from prunelab.files.atomic import replacing
 from prunelab.options import shown
+from prunelab.runtime.devices import cores
 
 ADDRESS = re.compile(r"^[a-z]+://")
 SHOWN = 5
@@ -93,16 +94,17 @@ def sweep(
     folder = Path("out") / made.name if out is None else Path(out)
     if ADDRESS.match(str(out or "")):
         raise GridError(f"out={str(out)!r} looks like the address of a scheduler: give scheduler={str(out)!r}.")
-    for name, value in (("workers", workers),):
-        if value is not None and (type(value) is not int or value < 0):
-            raise GridError(f"{name}={value!r} is no whole number from 0 on.")
+    if workers is not None and (type(workers) is not int or workers < 0):
+        raise GridError(f"`workers` must be an integer from 0 on, got {workers!r}.")
     import prunelab
 
     ready = prepared(made, prunelab.__version__ if by_version else None)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock") as free:
-        if not free:
-            raise PruneLabError(f"Another sweep is running in {folder}: wait for it, or give another folder.")
+    try:
+        held = FileLock(folder / ".lock").acquire(blocking=False)
+    except Timeout:
+        raise PruneLabError(f"Another sweep is running in {folder}: wait for it, or give another folder.") from None
+    with held:
         _check_folder(folder, made)
         _run(made, ready, folder, scheduler, workers, by_version, command or typed(), progress)
     return records.table(folder)
@@ -152,7 +154,7 @@ def _run(
     limits = made.limits.to_dict()
     here = cluster.default_workers(limits["gpus"]) if workers is None else workers
     if limits["threads"] is None and scheduler is None:
-        limits["threads"] = max(cluster.cores() // max(here, 1), 1)
+        limits["threads"] = max(cores() // max(here, 1), 1)
     folders = _folders(folder, ready.jobs)
     missing, why = _missing(ready.jobs, folders, by_version)
     began = time.time()

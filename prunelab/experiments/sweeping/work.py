@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prunelab.experiments.sweeping.gpus import borrowed, locked, visible
+from filelock import FileLock
+
+from prunelab.experiments.sweeping.gpus import borrowed, visible
 from prunelab.experiments.sweeping.kernel import Failure, annotate, execute, result_of
 from prunelab.files.atomic import replacing
 
@@ -48,7 +50,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     folder, limits = Path(job["folder"]), job["limits"]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", wait=True):
+    with FileLock(folder / ".lock"):
         kept = record_of(folder)
         if kept is not None and kept["status"] == "done" and kept["depends"] == job["depends"]:
             return _short(kept)
