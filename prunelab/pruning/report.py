@@ -81,7 +81,9 @@ class Report:
 
         Raises:
             BudgetError: ``evaluate`` gave no such metric.
+            MissingExtra: matplotlib is not installed.
         """
+        extra("matplotlib", "figures", "Report.plot()")
         from prunelab.drawing.curves import trajectory
 
         if not any(metric in row for row in self.rows):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
+from prunelab.runtime.extras import extra
 from prunelab.runtime.isolation import Snapshot
 from prunelab.runtime.outputs import result_tensors
 from prunelab.runtime.switches import uncollected, without_data
@@ -147,7 +148,9 @@ class DependencyGraph:
 
         Raises:
             PlanError: ``groups`` names one that there is not, or the network is too large for a figure.
+            MissingExtra: matplotlib is not installed.
         """
+        extra("matplotlib", "figures", "graph.draw()")
         from prunelab.drawing.network import draw
 
         return draw(self, groups)
