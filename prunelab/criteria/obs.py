@@ -28,7 +28,6 @@ from prunelab.criteria.blocks import Block, KroneckerCriterion
 from prunelab.criteria.dense import FISHERS, bowl, prune_weights, split
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
 from prunelab.curvature.statistics.kronecker import Factors
-from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError, OptionError
 from prunelab.options import one_of
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
@@ -200,8 +199,8 @@ def _block(factors: Factors, member: Member, weight: Tensor) -> Block:
     """Return a weight as rows that the units of ``member`` own; like ``blocks.block``, also for factors of patches."""
     owner = member.unit.to(weight.device).view(-1, *(1 for _ in weight.shape[member.dim + 1 :])).expand(weight.shape)
     values, unit = (_grouped(factors, tensor) for tensor in (weight.detach(), owner))
-    S, A = (factor if factors.groups > 1 else factor[None] for factor in (factors.S, factors.A))
-    if (member.dim == 0) == (factors.kind in IN_FIRST):
+    S, A = (factor if factors.view.groups > 1 else factor[None] for factor in (factors.S, factors.A))
+    if member.dim == factors.view.in_dim:
         return Block(values.transpose(1, 2), A, S, unit[:, 0, :, 0], factors, True)
     return Block(values, S, A, unit[:, :, 0, 0], factors, False)
 
@@ -209,7 +208,7 @@ def _block(factors: Factors, member: Member, weight: Tensor) -> Block:
 def _grouped(factors: Factors, tensor: Tensor) -> Tensor:
     """Return ``[groups, out / groups, in / groups, K]``; for factors of patches ``in · K`` and 1 at the end."""
     matrices = factors.matrices(tensor)
-    matrices = matrices if factors.groups > 1 else matrices[None]
+    matrices = matrices if factors.view.groups > 1 else matrices[None]
     return matrices.flatten(3) if matrices.dim() > 3 else matrices[..., None]
 
 

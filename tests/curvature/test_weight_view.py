@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from prunelab.curvature.watching.layer_calls import Taps
 from prunelab.curvature.watching.weight_view import WeightView
 
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -76,6 +77,15 @@ def test_a_layer_multiplies_by_the_matrices_of_its_weight(name):
     grouped = {"groups": view.groups} if view.kernel else {}
     found = by_hand(view.as_matrix(weight), x, view, function in TRANSPOSED, options)
     torch.testing.assert_close(found, function(x, weight, **options, **grouped), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_taps_say_how_the_weight_of_a_call_is_laid_out(name):
+    function, view, options, weight, x = setting(name)
+    model = nn.ParameterDict({"weight": weight})
+    with Taps(model) as taps:
+        function(x, model["weight"], **options, **({"groups": view.groups} if view.kernel else {}))
+    assert [call.view for call in taps.calls] == [view]
 
 
 @pytest.mark.parametrize("name", CASES)

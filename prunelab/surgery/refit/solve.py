@@ -12,9 +12,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from prunelab.curvature.statistics.input_moments import InputMoment, Layer, like_weight, matrix
+from prunelab.curvature.statistics.input_moments import InputMoment, Layer, matrix
 from prunelab.curvature.statistics.kronecker import Factors
-from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError
 from prunelab.kept import Kept
 from prunelab.runtime.devices import exact
@@ -70,16 +69,16 @@ def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
 
 def kept_inputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which input channels of a layer stay, bool ``[groups, in / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind in IN_FIRST else 1].axis)
-    return mask.unflatten(0, (layer.groups, -1)) if layer.kind in IN_FIRST else mask.expand(layer.groups, -1)
+    return _kept(layer, layer.view.in_dim, graph, kept)
 
 
 def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
     """Return which output channels of a layer stay, bool ``[groups, out / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind in IN_FIRST else 0].axis)
-    if layer.kind in IN_FIRST:
-        return mask.expand(layer.groups, -1)
-    return mask[layer.rows].unflatten(0, (layer.groups, -1))
+    return _kept(layer, layer.view.out_dim, graph, kept)
+
+
+def _kept(layer: Layer, dim: int, graph: DependencyGraph, kept: Kept) -> Tensor:
+    return layer.view.rows_of(kept.mask(graph.dims[layer.weight][dim].axis), dim, layer.rows)
 
 
 def refit_consumers(
@@ -155,7 +154,7 @@ def _refit(
     if found.over == "channels":
         change = change.unflatten(1, (-1, taps)).transpose(-1, -2).flatten(2)
         shift = shift.unflatten(1, (-1, taps)).sum(-1)
-    return like_weight(found, change, weight), shift.flatten()
+    return found.view.from_matrix(change), shift.flatten()
 
 
 def _overlap(found: InputMoment, other: InputMoment) -> bool:
@@ -168,7 +167,7 @@ def _check_model(found: Mapping[str, Layer], parameters: Mapping[str, Tensor]) -
     for name, layer in found.items():
         weight = parameters.get(layer.weight)
         if isinstance(layer, InputMoment) and weight is not None and layer.rows.stop <= len(weight):
-            width = matrix(layer, weight).shape[-1] if len(weight) % layer.groups == 0 else 0
+            width = matrix(layer, weight).shape[-1] if len(weight) % layer.view.groups == 0 else 0
             if layer.total.shape[-1] - 1 == width or (
                 layer.over == "channels" and width % (layer.total.shape[-1] - 1) == 0
             ):
@@ -198,7 +197,7 @@ def refit_producers(
         if found.weight not in parameters or found.rows.stop > len(parameters[found.weight]):
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()
-        fisher = exact(found.S if found.groups > 1 else found.S[None])
+        fisher = exact(found.S if found.view.groups > 1 else found.S[None])
         stay = kept_outputs(found, graph, kept).to(fisher.device)
         flat = matrix(found, weight).to(fisher)
         change, mixing = torch.zeros_like(flat), torch.zeros_like(fisher)
@@ -213,10 +212,8 @@ def refit_producers(
         change = mixing @ flat
         if not change.any():
             continue
-        add(fresh, parameters, found.weight, found.rows, like_weight(found, change, weight))
+        add(fresh, parameters, found.weight, found.rows, found.view.from_matrix(change))
         if found.bias is not None:
-            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind in IN_FIRST else found.rows
-            add(
-                fresh, parameters, found.bias, rows, (mixing @ bias[rows].to(mixing).view(len(mixing), -1, 1)).flatten()
-            )
+            bias = parameters[found.bias].detach()[found.bias_rows].to(mixing).view(len(mixing), -1, 1)
+            add(fresh, parameters, found.bias, found.bias_rows, (mixing @ bias).flatten())
     return fresh, left
