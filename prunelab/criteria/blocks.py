@@ -32,7 +32,8 @@ class Block:
     """A weight with its factors, seen from the side on which a group's units lie, per group g of a convolution.
 
     Attributes:
-        values: the weight, ``[g, n, in, K]``: n rows, of which units own some; K kernel positions.
+        values: the weight, ``[g, n, in, K]``: n rows, of which units own some; K kernel positions.  With factors of
+            patches ``in`` (or n, if flipped) counts these positions too, and K is 1.
         S: factor of the rows, ``[g, n, n]``.
         A: factor of the columns, ``[g, in, in]``.
         unit: int64 ``[g, n]``, which unit owns a row, or -1.
@@ -88,6 +89,7 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
     values = values.reshape(*values.shape[:3], -1)
     if flipped:
         values, left, right = values.transpose(1, 2), right, left
+    unit = unit.repeat_interleave(values.shape[1] // unit.shape[1], 1)
     return Block(values, left, right, unit, factors, flipped)
 
 
