@@ -123,7 +123,7 @@ class UnitSlopes:
         place = 0
 
         def before(call: LayerCall) -> Tensor | None:
-            if not any(member.dim == _input_dim(call) for member, _ in self.members.get(call.weight, ())):
+            if not any(member.dim == _dims(call)[0] for member, _ in self.members.get(call.weight, ())):
                 return None
             if not call.input.requires_grad:
                 return call.input.detach().requires_grad_()
@@ -150,16 +150,14 @@ class UnitSlopes:
     def _terms(self, call: LayerCall, layout: Layout) -> Iterator[Term]:
         weight, output = self.parameters[call.weight], call.output
         assert output is not None and call.edge is not None
-        if call.kind in ("last_norm", "broadcast"):
-            shape = tuple(weight.shape)
-        else:
-            shape = _shape(output, call.kind in ("linear", "embedding"))
+        whole = call.kind in ("last_norm", "broadcast")
+        shape = tuple(weight.shape) if whole else _shape(output, call.kind in ("linear", "embedding"))
         bias = None if call.bias is None else self.parameters[call.bias].detach()[call.bias_rows]
         if call.bias in self.members and bias is not None:
             spread = bias.view(shape).expand_as(output)
             yield Term(call.bias, call.edge, spread, shape, layout, None, call.bias_rows, 1, spread._version)
         dims = {member.dim for member, _ in self.members.get(call.weight, ())}
-        inner, outer = _input_dim(call), _output_dim(call)
+        inner, outer = _dims(call)
         if dims - {inner}:
             values = output.detach() if bias is None else output.detach() - bias.view(shape)
             rows, repeats = (slice(None), call.view.groups) if outer else (call.rows, 1)
@@ -210,14 +208,9 @@ def _by_sample(values: Tensor, term: Term) -> Tensor:
     return summed.reshape(len(split), term.repeats, -1).sum(1)
 
 
-def _input_dim(call: LayerCall) -> int | None:
-    """Return the dimension of a layer's weight that its input runs along."""
-    return call.view.in_dim if call.kind in KINDS else None
-
-
-def _output_dim(call: LayerCall) -> int | None:
-    """Return the dimension of a weight that its output runs along; ``None``: all of them, in their order."""
-    return call.view.out_dim if call.kind in (*KINDS, "embedding") else None
+def _dims(call: LayerCall) -> tuple[int | None, int | None]:
+    """Return the dimensions of a weight that inputs and outputs run along; ``None``: outputs along all, inputs none."""
+    return (call.view.in_dim, call.view.out_dim) if call.kind in (*KINDS, "embedding") else (None, None)
 
 
 def _ways(model: nn.Module, batch: Any) -> Routes | None:

@@ -100,8 +100,7 @@ def describe(call: LayerCall, weight: Tensor, taps: int = 1, memory: int = MEMOR
         memory: bytes that the sum may take; where patches would need more, it is over channels.
     """
     width = matrix(call, weight).shape[-1]
-    taps = taps if call.kind == "linear" else math.prod(call.view.kernel)
-    taps = 1 if call.kind == "conv_transpose" else taps
+    taps = {"linear": taps, "conv": math.prod(call.view.kernel)}.get(call.kind, 1)
     over = "channels" if taps > 1 and call.view.groups * (width + 1) ** 2 * 8 > memory else "patches"
     return {**call.described(), "over": over, "padded": any(call.padding) or call.kind == "conv_transpose"}
 
@@ -158,12 +157,13 @@ def columns(call: LayerCall, keep: Tensor | None = None) -> Iterator[tuple[Tenso
         return
     assert call.output is not None
     kernel, places = call.view.kernel, call.output.shape[2:]
-    slid = call if call.kind == "conv" else _as_convolution(call)
+    transposed = call.kind == "conv_transpose"
+    slid = _as_convolution(call) if transposed else call
     for chunk in x.split(_chunk(x, x.shape[1] * math.prod(kernel) * math.prod(places))):
         chunk = chunk if keep is None else chunk.index_select(1, keep)
-        images = chunk if call.kind == "conv" else _spread(call, chunk)
+        images = _spread(call, chunk) if transposed else chunk
         seen = patches(images, slid, places).movedim(0, 1 + len(kernel))  # [C, *kernel, N, *positions]
-        if call.kind == "conv_transpose":  # what its kernel sees first, it sees last
+        if transposed:  # the kernel of the convolution is that of the layer, turned round
             seen = seen.flip([1 + place for place in range(len(kernel))])
         yield seen.flatten(1 + len(kernel)).flatten(0, len(kernel)).unflatten(0, (call.view.groups, -1)), one
 

@@ -36,8 +36,7 @@ from prunelab.surgery.refit.solve import (
     DEPENDENT,
     TWO_WAYS,
     UNSEEN,
-    kept_inputs,
-    kept_outputs,
+    kept_channels,
     losing_inputs,
     refit_consumers,
     ridge,
@@ -259,11 +258,12 @@ class _Work:
     def _products(self, seen: LayerCall, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``Σ u uᵀ`` and ``Σ y uᵀ`` of one call, without groups over the inputs that stay only."""
         groups, device, wanted = seen.view.groups, seen.input.device, _by_columns(seen, wanted)
-        keep = kept_inputs(seen, self.graph, self.kept)[0].nonzero().flatten().to(device)
+        stay = kept_channels(seen, seen.view.in_dim, self.graph, self.kept)
+        keep = stay[0].nonzero().flatten().to(device)
         inputs = targets = torch.zeros((), dtype=torch.float64, device=exact_on(device))
         place = 0
         if groups > 1:  # what was removed may be anything
-            seen = replace(seen, input=zeroed(seen.input, (None, kept_inputs(seen, self.graph, self.kept).flatten())))
+            seen = replace(seen, input=zeroed(seen.input, (None, stay.flatten())))
         for chunk, one in columns(seen, keep if groups == 1 else None):
             chunk = torch.cat([chunk, one.expand(groups, 1, chunk.shape[-1])], 1)
             rows = wanted[..., place : place + chunk.shape[-1]]
@@ -274,8 +274,9 @@ class _Work:
     def _solve(self, fit: _Fit, constant: bool) -> None:
         layer, weight = fit.layer, self.weights[fit.layer.weight]
         flat = matrix(layer, weight).to(fit.inputs)
-        stay = kept_inputs(layer, self.graph, self.kept).repeat_interleave(math.prod(layer.view.kernel), 1)
-        rows = kept_outputs(layer, self.graph, self.kept).to(flat)
+        stay = kept_channels(layer, layer.view.in_dim, self.graph, self.kept)
+        stay = stay.repeat_interleave(math.prod(layer.view.kernel), 1)
+        rows = kept_channels(layer, layer.view.out_dim, self.graph, self.kept).to(flat)
         shift = flat.new_zeros(flat.shape[:2])
         if layer.bias is not None:
             shift = self.weights[layer.bias][layer.bias_rows].to(flat).view(shift.shape)

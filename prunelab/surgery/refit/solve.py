@@ -67,17 +67,8 @@ def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
     return list(found)
 
 
-def kept_inputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
-    """Return which input channels of a layer stay, bool ``[groups, in / groups]``."""
-    return _kept(layer, layer.view.in_dim, graph, kept)
-
-
-def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
-    """Return which output channels of a layer stay, bool ``[groups, out / groups]``."""
-    return _kept(layer, layer.view.out_dim, graph, kept)
-
-
-def _kept(layer: Layer, dim: int, graph: DependencyGraph, kept: Kept) -> Tensor:
+def kept_channels(layer: Layer, dim: int, graph: DependencyGraph, kept: Kept) -> Tensor:
+    """Return which channels along one dimension of a layer's weight stay, bool ``[groups, channels]``."""
     return layer.view.rows_of(kept.mask(graph.dims[layer.weight][dim].axis), dim, layer.rows)
 
 
@@ -107,7 +98,13 @@ def refit_consumers(
         if any(_overlap(found, other) for other in moments.values()):
             left[found.weight] = "its rows are used in more than one way"
             continue
-        solved = _refit(found, parameters[found.weight].detach(), kept_inputs(found, graph, kept), constant, damping)
+        solved = _refit(
+            found,
+            parameters[found.weight].detach(),
+            kept_channels(found, found.view.in_dim, graph, kept),
+            constant,
+            damping,
+        )
         if solved is None:
             left[found.weight] = DEPENDENT
             continue
@@ -198,7 +195,7 @@ def refit_producers(
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()
         fisher = exact(found.S if found.view.groups > 1 else found.S[None])
-        stay = kept_outputs(found, graph, kept).to(fisher.device)
+        stay = kept_channels(found, found.view.out_dim, graph, kept).to(fisher.device)
         flat = matrix(found, weight).to(fisher)
         change, mixing = torch.zeros_like(flat), torch.zeros_like(fisher)
         for group, mask in enumerate(stay):

@@ -34,18 +34,15 @@ def tied_weights(model: nn.Module, inputs: Any, graph: DependencyGraph, kept: Ke
     with torch.enable_grad(), Taps(model, cut=True) as taps:
         outputs = tree_leaves(call(model, inputs))
         values = [leaf.abs().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-    sides: dict[str, set[int]] = {}
-    for seen in taps.calls:
-        sides.setdefault(seen.weight, set()).add(seen.view.out_dim)
-    parameters = {name: value for name, value in model.named_parameters() if name in sides and value.requires_grad}
+    used, turned = {seen.weight for seen in taps.calls}, {seen.weight for seen in taps.calls if seen.other}
+    parameters = {name: value for name, value in model.named_parameters() if name in used and value.requires_grad}
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if values and parameters:
         found = torch.autograd.grad(values, list(parameters.values()), allow_unused=True)
     return [
         name
         for (name, _), gradient in zip(parameters.items(), found, strict=True)
-        if (gradient is not None or len(sides[name]) > 1)
-        and any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
+        if (gradient is not None or name in turned) and any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
     ]
 
 
