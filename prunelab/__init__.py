@@ -14,7 +14,16 @@ from prunelab.batches.task import Task
 from prunelab.cost import Cost, Latency, count, latency
 from prunelab.criteria import Scores
 from prunelab.curvature.statistics.collect import Statistics, collect
-from prunelab.errors import BatchError, BudgetError, DataError, OptionError, PlanError, PruneLabError, TraceError
+from prunelab.errors import (
+    BatchError,
+    BudgetError,
+    DataError,
+    MissingExtra,
+    OptionError,
+    PlanError,
+    PruneLabError,
+    TraceError,
+)
 from prunelab.factorization.factorize import factorize
 from prunelab.io import load, save
 from prunelab.planning.choose import plan
@@ -52,6 +61,7 @@ __all__ = [
     "Group",
     "Latency",
     "Member",
+    "MissingExtra",
     "OptionError",
     "Plan",
     "PlanError",

@@ -127,7 +127,7 @@ def agreed(work: Callable[[], T], group: Any = None) -> T:
         BatchError: it failed in some process; raised in all of them, so that none waits for another.  What went wrong
             in this one is the cause.
     """
-    done: Any = None
+    done: T
     failure, cause = None, None
     try:
         done = work()

@@ -13,12 +13,14 @@ from collections.abc import Iterable
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from prunelab.errors import OptionError
+
+Word = TypeVar("Word", bound=str)
 
 LONGEST = 80
 """Characters of a wrong value that a message repeats."""
@@ -127,7 +129,7 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+def one_of(name: str, value: Any, allowed: Iterable[Word]) -> Word:
     """Return an option that is one of a few words.
 
     Raises:
@@ -136,7 +138,7 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     known = list(allowed)
     if not isinstance(value, str) or value not in known:
         raise OptionError(f"{name}={shown(value)} is not one of {', '.join(known)}.")
-    return value
+    return known[known.index(value)]
 
 
 def module(name: str, value: Any) -> nn.Module:

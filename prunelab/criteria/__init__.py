@@ -1,11 +1,15 @@
-"""One criterion per module, all in one table: ``get("taylor", multivariable=True)``."""
+"""One idea per module: ``get("taylor", multivariable=True)``.
+
+A criterion is known by the name in its class, ``class Taylor(GroupwiseCriterion, name="taylor")``; so is one of your
+own, once its class is there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from prunelab.criteria.base import Criterion, Scores
+from prunelab.criteria.base import CRITERIA, Criterion, Scores
 from prunelab.criteria.bn_scale import BNScale
 from prunelab.criteria.eigendamage import EigenDamage, EigenScores
 from prunelab.criteria.fpgm import FPGM
@@ -21,28 +25,6 @@ from prunelab.criteria.random import Random
 from prunelab.criteria.taylor import Taylor
 from prunelab.errors import OptionError
 from prunelab.options import shown
-
-CRITERIA: dict[str, type[Criterion]] = {
-    "random": Random,
-    "magnitude": Magnitude,
-    "bn_scale": BNScale,
-    "fpgm": FPGM,
-    "taylor": Taylor,
-    "obd": OBD,
-    "c_obd": COBD,
-    "c_obs": COBS,
-    "kron_obd": KronOBD,
-    "kron_obs": KronOBS,
-    "eigendamage": EigenDamage,
-    "gate": Gate,
-    "obs": OBS,
-    "oba": OBA,
-    "quadratic": Quadratic,
-    "oracle": Oracle,
-}
-
-for _name, _kind in CRITERIA.items():  # so that a criterion says itself what ``get`` knows it by
-    _kind.name = _name
 
 __all__ = [
     "COBD",
@@ -91,7 +73,7 @@ def get(name: str | Criterion, **options: Any) -> Criterion:
     if not isinstance(name, str) or name not in CRITERIA:
         raise OptionError(f"There is no criterion {shown(name)}; there are {', '.join(CRITERIA)}.")
     kind = CRITERIA[name]
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
     unknown = [option for option in options if option not in known]
     if unknown:
         raise OptionError(f"Criterion {name!r} has no option {unknown[0]!r}; its options are {', '.join(known)}.")

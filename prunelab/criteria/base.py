@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import accumulate
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from prunelab.runtime.switches import undisturbed
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.recorder import named_tensors
 from prunelab.tracing.trace import DependencyGraph
+
+Reduction = Literal["mean", "sum", "max", "prod", "first", "gate"]
+Normalizer = Literal["none", "mean", "sum", "max", "standardization", "gaussian", "lamp"]
 
 
 class NoScores(PlanError, KeyError):
@@ -157,11 +160,15 @@ KINDS: dict[str, type[Scores]] = {"Scores": Scores}
 """Classes of scores that can be stored, by name."""
 
 
+CRITERIA: dict[str, type[Criterion]] = {}
+"""All criteria, by the name that ``get`` takes."""
+
+
 class Criterion(ABC):
     """A way to score units: ``criterion(graph, batches) -> Scores``."""
 
     name: ClassVar[str]
-    """What ``criteria.get`` knows it by; ``criteria.CRITERIA`` sets it, and ``str(criterion)`` returns it."""
+    """What ``criteria.get`` knows it by: ``class Mine(Criterion, name="mine")``.  ``str(criterion)`` returns it."""
 
     def __post_init__(self) -> None:
         """Check the options that mean the same in every criterion: flags, seeds and losses.
@@ -183,9 +190,22 @@ class Criterion(ABC):
     def __call__(self, graph: DependencyGraph, batches: Batches | None = None) -> Scores:
         """Return the score of every unit of every group of ``graph``."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data."""
+    def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
+        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data.
+
+        Args:
+            name: what ``criteria.get`` knows it by; a class without one is no criterion by itself.
+            options: as for any class.
+
+        Raises:
+            OptionError: another criterion has that name.
+        """
         super().__init_subclass__(**options)
+        if name is not None:
+            other = CRITERIA.setdefault(name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise OptionError(f"There is a criterion {name!r} already, {other.__module__}.{other.__qualname__}.")
+            CRITERIA[name], cls.name = cls, name
         for name in ("__call__", "elementwise"):
             if name in vars(cls):
                 setattr(cls, name, undisturbed()(_with_data(vars(cls)[name])))
@@ -253,14 +273,14 @@ class GroupwiseCriterion(Criterion):
     2021, equation 1.
     """
 
-    group_reduction: str = "mean"
-    normalizer: str = "mean"
+    group_reduction: Reduction = "mean"
+    normalizer: Normalizer = "mean"
     target_types: Sequence[type[nn.Module]] | None = None
     bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalizer == "standarization":  # the spelling that Torch-Pruning's users know
+        if str(self.normalizer) == "standarization":  # the spelling that Torch-Pruning's users know
             self.normalizer = "standardization"
         one_of("group_reduction", self.group_reduction, REDUCTIONS)
         one_of("normalizer", self.normalizer, NORMALIZERS)
@@ -313,7 +333,7 @@ def _gate(rows: Tensor, roles: list[str]) -> Tensor:
     return rows[len(roles) - 1 - roles[::-1].index("carries") if "carries" in roles else -1]
 
 
-REDUCTIONS: dict[str, Callable[[Tensor, list[str]], Tensor]] = {
+REDUCTIONS: dict[Reduction, Callable[[Tensor, list[str]], Tensor]] = {
     "mean": lambda rows, _: rows.mean(0),
     "sum": lambda rows, _: rows.sum(0),
     "max": lambda rows, _: rows.amax(0),
@@ -328,7 +348,7 @@ def _lamp(score: Tensor) -> Tensor:
     return torch.empty_like(score).index_copy_(0, order, score[order] / score[order].cumsum(0).clamp_min(1e-30))
 
 
-NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+NORMALIZERS: dict[Normalizer, Callable[[Tensor], Tensor]] = {
     "none": lambda score: score,
     "mean": lambda score: score / score.mean().clamp_min(1e-30),
     "sum": lambda score: score / score.sum().clamp_min(1e-30),

@@ -9,16 +9,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Scores
+from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Criterion, Normalizer, Reduction, Scores
 from prunelab.criteria.unknown import with_unknown
-from prunelab.curvature.fisher import FISHERS
+from prunelab.curvature.fisher import FISHERS, Curvature, Fisher
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.errors import BatchError
@@ -112,17 +112,17 @@ class KroneckerCriterion(Criterion):
             loss between groups as they are.
     """
 
-    fishers: ClassVar[tuple[str, ...]] = FISHERS
+    fishers: ClassVar[tuple[Curvature, ...]] = FISHERS
 
-    fisher: str = "empirical"
+    fisher: Fisher = "empirical"
     loss: Loss = F.cross_entropy
     seed: int = 0
-    group_reduction: str = "sum"
-    normalizer: str = "none"
+    group_reduction: Reduction = "sum"
+    normalizer: Normalizer = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.normalizer == "standarization":
+        if str(self.normalizer) == "standarization":
             self.normalizer = "standardization"
         one_of("fisher", self.fisher, self.fishers)
         one_of("group_reduction", self.group_reduction, REDUCTIONS)
@@ -154,16 +154,16 @@ class KroneckerCriterion(Criterion):
         scores = {group.name: self._group(group, by_weight, parameters) for group in graph.groups}
         return with_unknown(str(self), graph, scores, by_weight, statistics)
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> what is known of it."""
-        found: dict[str, list] = {}
+        found: dict[str, list[Any]] = {}
         for factors in statistics.kronecker.values():
             found.setdefault(factors.weight, []).append(factors)
         if not found:
             raise BatchError(f"`{self}` found no linear or convolution layer whose outputs have gradients by sample.")
         return found
 
-    def _group(self, group: Group, known: dict[str, list], parameters: Mapping[str, Tensor]) -> Tensor:
+    def _group(self, group: Group, known: dict[str, list[Any]], parameters: Mapping[str, Tensor]) -> Tensor:
         for role in ("produces", "carries", "consumes"):
             rows = []
             for member in group.members:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches
-from prunelab.criteria.base import Criterion, GroupwiseCriterion, Scores
+from prunelab.criteria.base import Criterion, GroupwiseCriterion, Normalizer, Scores
 from prunelab.errors import OptionError, PruneLabError
 from prunelab.options import shown
 from prunelab.tracing.groups import Member
@@ -23,7 +24,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass
-class BNScale(GroupwiseCriterion):
+class BNScale(GroupwiseCriterion, name="bn_scale"):
     """Score a unit by ``|γ|``, the scale that a norm gives it; reduced over the norms if it passes several.
 
     After batch norm a channel has unit variance over the data, so ``|γ|`` is the deviation of what it hands on.  That
@@ -45,8 +46,8 @@ class BNScale(GroupwiseCriterion):
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, section 3.
     """
 
-    normalizer: str = "none"
-    fallback: str | Criterion = "error"
+    normalizer: Normalizer = "none"
+    fallback: Literal["error", "keep"] | Criterion = "error"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
 from prunelab.curvature import exact
+from prunelab.curvature.fisher import Curvature
 from prunelab.curvature.statistics.collect import Statistics
 from prunelab.errors import BatchError, BudgetError, PlanError
 from prunelab.options import real, whole
@@ -22,8 +23,6 @@ from prunelab.runtime.switches import undisturbed
 from prunelab.sparsity.masks import parameters_of, prunable, put_masks
 from prunelab.sparsity.surgeon import damped_inverse, greedy
 
-FISHERS = ("empirical", "mc", "ggn", "hessian")
-
 
 @undisturbed()
 def prune_weights(
@@ -31,7 +30,7 @@ def prune_weights(
     batches: Batches | Statistics | None,
     density: float,
     *,
-    fisher: str = "ggn",
+    fisher: Curvature = "ggn",
     damping: float = 1e-2,
     steps: int = 1,
     loss: Loss = F.cross_entropy,
@@ -93,7 +92,7 @@ def bowl(
     model: nn.Module,
     batches: Batches | Statistics | None,
     *,
-    fisher: str = "ggn",
+    fisher: Curvature = "ggn",
     damping: float = 1e-3,
     loss: Loss = F.cross_entropy,
     seed: int = 0,

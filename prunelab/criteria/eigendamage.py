@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -91,12 +91,15 @@ class EigenScores(Scores):
 
 KINDS["EigenScores"] = EigenScores
 
+Correction = Literal["none", "ekfac"]
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+
 _PARTS = ("importance", "Q_S", "Q_A")
 """What is stored of every layer."""
 
 
 @dataclass
-class EigenDamage(KroneckerCriterion):
+class EigenDamage(KroneckerCriterion, name="eigendamage"):
     """Score directions of the Kronecker-factored eigenbasis by ``½ W*² ⊙ Λ``, summed over rows and over columns.
 
     ``W* = Q_Sᵀ W Q_A``; Λ = λ_S λ_Aᵀ, or with ``correction="ekfac"`` the exact second moments of the samples' gradients
@@ -114,11 +117,11 @@ class EigenDamage(KroneckerCriterion):
     *Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis*, equation 11.
     """
 
-    correction: Literal["none", "ekfac"] = "none"
+    correction: Correction = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("correction", self.correction, ("none", "ekfac"))
+        one_of("correction", self.correction, CORRECTIONS)
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""

@@ -20,7 +20,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class FPGM(GroupwiseCriterion):
+class FPGM(GroupwiseCriterion, name="fpgm"):
     """Score a unit by ``(1/n) Σ_j ‖w_i − w_j‖``: how far its filter w_i is from the geometric median of its layer.
 
     The geometric median minimises ``f(x) = Σ_j ‖x − w_j‖``.  The paper's shortcut looks for the minimum among the

@@ -22,7 +22,7 @@ from prunelab.batches.trees import tree_leaves, tree_map
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.criteria.gates import Gates
 from prunelab.criteria.memory import check_fits
-from prunelab.curvature.fisher import columns, passes, slopes
+from prunelab.curvature.fisher import CURVATURES, Curvature, columns, passes, slopes
 from prunelab.curvature.statistics.collect import Statistics
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError, OptionError
@@ -32,14 +32,12 @@ from prunelab.runtime.stack import user_level
 from prunelab.runtime.switches import plain_attention
 from prunelab.tracing.trace import DependencyGraph
 
-CURVATURES = ("ggn", "mc", "empirical", "hessian")
-
 MANY = 2000
 """Backward passes for one batch, above which ``"ggn"`` warns."""
 
 
 @dataclass
-class Gate(Criterion):
+class Gate(Criterion, name="gate"):
     """Score a unit by ``½ ∂²L/∂z_u²`` for a gate z_u = 1 that multiplies it where it is consumed.
 
     In the quadratic model this keeps ``½ G_uu``, in one number per unit instead of its weights: removing the unit is
@@ -70,7 +68,7 @@ class Gate(Criterion):
     the Knowledge in a Neural Network*, section 2.
     """
 
-    curvature: str = "ggn"
+    curvature: Curvature = "ggn"
     linear: bool = False
     interactions: bool = False
     samples: int = 1

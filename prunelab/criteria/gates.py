@@ -179,14 +179,14 @@ class _Learning(WatchedCalls):
         self.names: list[str] = []
         self.calls: dict[int, FunctionCall] = {}
 
-    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Number the call, if it returns tensors: what else is called may depend on whether gradients are on."""
         out = super().on_call(func, args, kwargs)
         if tensors_of(out):
             self.names.append(_name(func))
         return out
 
-    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_call(self, call: FunctionCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Keep the call."""
         if tensors_of(out):
             self.calls[len(self.names)] = call
@@ -204,7 +204,7 @@ class _Numbered(Calls):
         super().__init__()
         self.jobs, self.names, self.number = jobs, names, 0
 
-    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function, with gates where it has some."""
         name, jobs = _name(func), self.jobs.get(self.number)
         here = jobs is not None and jobs[0].name == name
@@ -218,7 +218,7 @@ class _Numbered(Calls):
             self.number += 1
         return out
 
-    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def gated(self, jobs: list[Gated], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function with gates."""
         raise NotImplementedError
 
@@ -230,7 +230,7 @@ class _Operands(_Numbered):
         super().__init__(jobs, names)
         self.operands: list[Tensor] = []
 
-    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def gated(self, jobs: list[Gated], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the tensors and call the function as it is."""
         tensors = tensors_of((args, kwargs))
         self.operands += [tensors[job.operand].clone() for job in jobs]
@@ -244,7 +244,7 @@ class _Gating(_Numbered):
         super().__init__(jobs, names)
         self.padded = torch.cat([z, z.new_ones(*z.shape[:-1], 1)], -1)
 
-    def gated(self, jobs: list[Gated], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def gated(self, jobs: list[Gated], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function on gated tensors; a mean or variance counts every entry with its gate."""
         if self.padded.requires_grad and not torch.is_grad_enabled():
             raise BatchError(

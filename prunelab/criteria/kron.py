@@ -13,7 +13,7 @@ Flows in: a dependency graph and batches or ``Statistics``.  Flows out: ``Scores
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,9 +26,14 @@ from prunelab.options import one_of
 from prunelab.sparsity.surgeon import damped_inverse
 from prunelab.tracing.groups import Member
 
+QuadraticForm = Literal["exact", "published"]
+QUADRATIC_FORMS: tuple[QuadraticForm, ...] = get_args(QuadraticForm)
+Diagonal = Literal["moments", "kronecker"]
+DIAGONALS: tuple[Diagonal, ...] = get_args(Diagonal)
+
 
 @dataclass
-class KronOBD(KroneckerCriterion):
+class KronOBD(KroneckerCriterion, name="kron_obd"):
     """Score a channel by ``½ S_ii · w_iᵀ A w_i``, its whole block of F ≈ S ⊗ A; the other weights stay.
 
     A unit with several rows: ``½ Σ_{i,i'} S_ii' w_iᵀ A w_i'``.
@@ -44,7 +49,7 @@ class KronOBD(KroneckerCriterion):
     Source: Wang et al. 2019, *EigenDamage*, section 4.
     """
 
-    quadratic_form: Literal["exact", "published"] = "exact"
+    quadratic_form: QuadraticForm = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +63,7 @@ class KronOBD(KroneckerCriterion):
 
 
 @dataclass
-class KronOBS(KroneckerCriterion):
+class KronOBS(KroneckerCriterion, name="kron_obs"):
     """Score a channel by ``½ w_iᵀ A w_i / [S⁻¹]_ii``: what is left of its cost when the other channels adapt.
 
     It is the minimum of ½ δᵀ(S ⊗ A)δ over all δ that take the channel away.  A unit with several rows R:
@@ -76,7 +81,7 @@ class KronOBS(KroneckerCriterion):
     """
 
     damping: float = 1e-3
-    quadratic_form: Literal["exact", "published"] = "exact"
+    quadratic_form: QuadraticForm = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +103,7 @@ class KronOBS(KroneckerCriterion):
 
 
 @dataclass
-class COBD(KroneckerCriterion):
+class COBD(KroneckerCriterion, name="c_obd"):
     """Score a channel by ``½ Σ_j w_ij² F_ij,ij``: OBD of its weights, added up.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with a diagonal H, on producers alone.  Cost: one forward and one
@@ -112,17 +117,17 @@ class COBD(KroneckerCriterion):
     Source: Wang et al. 2019, *EigenDamage*, section 4; LeCun et al. 1989 for a single weight.
     """
 
-    curvature: Literal["moments", "kronecker"] = "moments"
+    curvature: Diagonal = "moments"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("curvature", self.curvature, ("moments", "kronecker"))
+        one_of("curvature", self.curvature, DIAGONALS)
 
     def needs(self) -> set[str]:
         """Return which statistics are used."""
         return {self.curvature}
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> its moments, or its factors."""
         if self.curvature == "kronecker":
             return super().by_weight(statistics)
@@ -141,7 +146,7 @@ class COBD(KroneckerCriterion):
 
 
 @dataclass
-class COBS(KroneckerCriterion):
+class COBS(KroneckerCriterion, name="c_obs"):
     """Score a channel by ``½ Σ_j w_ij² / [F⁻¹]_ij,ij`` with ``F⁻¹ = S⁻¹ ⊗ A⁻¹``: OBS of its weights, added up.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with H = S ⊗ A, at its minimum for every weight of the channel by
@@ -171,4 +176,4 @@ def _published(part: Block) -> Tensor:
 
 
 def _check_form(form: str) -> None:
-    one_of("quadratic_form", form, ("exact", "published"))
+    one_of("quadratic_form", form, QUADRATIC_FORMS)

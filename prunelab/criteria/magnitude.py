@@ -13,7 +13,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class Magnitude(GroupwiseCriterion):
+class Magnitude(GroupwiseCriterion, name="magnitude"):
     """Score a unit by the size of its weights: ``Σ |w|^p`` over every member, then reduced over members.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with H a multiple of the identity (p = 2).  Cost: none, no data are

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.base import GroupwiseCriterion, Scores
+from prunelab.criteria.base import GroupwiseCriterion, Normalizer, Reduction, Scores
 from prunelab.curvature.gradient import mean_gradient
 from prunelab.curvature.second.hvp import self_product
 from prunelab.curvature.second.layer_pairs import pair_matrix
-from prunelab.curvature.second.vjp import check_part
+from prunelab.curvature.second.vjp import HessianPart, check_part
 from prunelab.curvature.statistics.one_pass import model_of
 from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class OBA(GroupwiseCriterion):
+class OBA(GroupwiseCriterion, name="oba"):
     """Score a weight by ``θ_k (Hθ)_k = Σ_l θ_k H_kl θ_l``, and a unit by the sum over all its weights.
 
     This is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them went at
@@ -49,10 +49,10 @@ class OBA(GroupwiseCriterion):
     Source: Sun et al. 2025, *Optimal Brain Apoptosis*, section 3, with the products exact.
     """
 
-    group_reduction: str = "sum"
-    normalizer: str = "none"
+    group_reduction: Reduction = "sum"
+    normalizer: Normalizer = "none"
     bias: bool = True
-    part: str = "exact"
+    part: HessianPart = "exact"
     first_order: bool = False
     loss: Loss = F.cross_entropy
 
@@ -86,7 +86,7 @@ class OBA(GroupwiseCriterion):
 def layer_pairs(
     model: nn.Module | DependencyGraph,
     batches: Batches | Statistics | None,
-    part: str = "exact",
+    part: HessianPart = "exact",
     *,
     names: Sequence[str] | None = None,
     loss: Loss = F.cross_entropy,

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.base import GroupwiseCriterion, Scores
+from prunelab.criteria.base import GroupwiseCriterion, Normalizer, Reduction, Scores
 from prunelab.curvature import exact
-from prunelab.curvature.fisher import check_fisher
+from prunelab.curvature.fisher import CURVATURES, Curvature
 from prunelab.curvature.second.hvp import hessian_product
 from prunelab.curvature.statistics.collect import statistics_for
 from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.errors import BatchError
-from prunelab.options import whole
+from prunelab.options import one_of, whole
 from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class OBD(GroupwiseCriterion):
+class OBD(GroupwiseCriterion, name="obd"):
     """Score a weight by ``½ w² h``, h the diagonal of the curvature, and a unit by the sum over all its weights.
 
     In the quadratic model this keeps ``½ δᵀHδ`` with everything off the diagonal of H taken as zero, and leaves out
@@ -51,10 +51,10 @@ class OBD(GroupwiseCriterion):
     ``h_kk u_k² / 2``); the probes are Hutchinson's (Bekas, Kokiopoulou & Saad 2007, for a diagonal).
     """
 
-    group_reduction: str = "sum"
-    normalizer: str = "none"
+    group_reduction: Reduction = "sum"
+    normalizer: Normalizer = "none"
     bias: bool = True
-    fisher: str = "empirical"
+    fisher: Curvature = "empirical"
     probes: int = 16
     exact_below: int = 2000
     loss: Loss = F.cross_entropy
@@ -62,8 +62,7 @@ class OBD(GroupwiseCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fisher != "hessian":
-            check_fisher(self.fisher)
+        one_of("fisher", self.fisher, CURVATURES)
         self.probes = whole("probes", self.probes)
         self.exact_below = whole("exact_below", self.exact_below, least=0)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from prunelab.batches import Batches
 from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Scores
 from prunelab.criteria.blocks import Block, KroneckerCriterion
-from prunelab.criteria.dense import FISHERS, bowl, prune_weights, split
+from prunelab.criteria.dense import bowl, prune_weights, split
+from prunelab.curvature.fisher import CURVATURES, Curvature
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
+from prunelab.curvature.statistics.factor_sums import FACTORS, Factor
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.errors import BatchError, OptionError
 from prunelab.options import one_of
@@ -37,11 +39,12 @@ from prunelab.tracing.trace import DependencyGraph
 
 __all__ = ["OBS", "prune_weights"]
 
-CURVATURES = ("kronecker", "layer", "dense")
+Structure = Literal["kronecker", "layer", "dense"]
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 
 
 @dataclass
-class OBS(KroneckerCriterion):
+class OBS(KroneckerCriterion, name="obs"):
     """Score a unit by ``½ w_Sᵀ ([H⁻¹]_SS)⁻¹ w_S``, what is left of its cost when all other weights adapt.
 
     With a block of H per layer the unit's cost is the sum over all layers that produce or consume it (``kron_obs``
@@ -70,17 +73,17 @@ class OBS(KroneckerCriterion):
     Compression*, equation 3, for one matrix per layer; Wang et al. 2019, *EigenDamage*, section 4, for S ⊗ A.
     """
 
-    fishers = FISHERS
+    fishers = CURVATURES
 
-    curvature: str = "kronecker"
+    curvature: Structure = "kronecker"
+    fisher: Curvature = "empirical"  # type: ignore[assignment]  # "hessian" too, where the matrix is dense
     damping: float = 1e-3
-    factor: str = "channel"
+    factor: Factor = "channel"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = {"curvature": CURVATURES, "factor": ("channel", "full"), "fisher": FISHERS}
-        for option, values in allowed.items():
-            one_of(option, getattr(self, option), values)
+        one_of("curvature", self.curvature, STRUCTURES)
+        one_of("factor", self.factor, FACTORS)
         if self.fisher == "hessian" and self.curvature != "dense":
             raise OptionError('fisher="hessian" needs curvature="dense": the Hessian has no Kronecker factors.')
 
@@ -140,7 +143,7 @@ class OBS(KroneckerCriterion):
             )
         return found
 
-    def by_weight(self, statistics: Statistics) -> dict[str, list]:
+    def by_weight(self, statistics: Statistics) -> dict[str, list[Any]]:
         """Return weight name -> its factors; S is the identity if the layers' own outputs count."""
         known = super().by_weight(statistics)
         if self.curvature == "layer":
@@ -151,7 +154,7 @@ class OBS(KroneckerCriterion):
         """Return what is the identity once it is damped."""
         return torch.eye(like.shape[-1]).to(like).expand_as(like) / (1 + self.damping)
 
-    def _group(self, group: Group, known: dict[str, list], parameters: Any) -> Tensor:
+    def _group(self, group: Group, known: dict[str, list[Any]], parameters: Any) -> Tensor:
         counted = [member for member in group.members if member.name in known]
         if not counted:
             return torch.full((group.size,), torch.inf)

@@ -35,7 +35,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class Oracle(Criterion):
+class Oracle(Criterion, name="oracle"):
     """Score a unit by the measured ``L(without u) − L``, L the mean loss over the batches, in eval mode.
 
     Silencing is that of ``prunelab.masked``: nothing reads the unit, and means, variances and norms leave it out.
@@ -194,7 +194,7 @@ class _Learning(WatchedCalls):
         self.calls: dict[int, FunctionCall] = {}
         self.in_place: set[int] = set()
 
-    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function and see whether an argument has changed."""
         tensors = tensors_of((args, kwargs))
         versions = [tensor._version for tensor in tensors]
@@ -204,7 +204,7 @@ class _Learning(WatchedCalls):
         self.number += 1
         return out
 
-    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_call(self, call: FunctionCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Keep the call."""
         self.calls[self.number] = call
         return out
@@ -232,7 +232,7 @@ class _Calls(Calls):
         self.in_place, self.known, self.changed, self.keep = in_place, list(known), changed or {}, keep
         self.number = 0
 
-    def on_call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what was kept, or call the function."""
         number = self.number
         self.number += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.second.double_backward import twice_differentiable
 from prunelab.curvature.second.unit_slopes import UnitSlopes
-from prunelab.curvature.second.vjp import leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import HessianPart, leaves, pieces, pulled, slopes
 from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
@@ -27,11 +28,12 @@ from prunelab.runtime.isolation import evaluating, replaced
 from prunelab.tracing.groups import Group, Member
 from prunelab.tracing.trace import DependencyGraph
 
-CURVATURES = ("hessian", "ggn")
+SecondOrder = Literal["hessian", "ggn"]
+SECOND_ORDER: tuple[SecondOrder, ...] = get_args(SecondOrder)
 
 
 @dataclass
-class Quadratic(Criterion):
+class Quadratic(Criterion, name="quadratic"):
     """Score a unit by ``gᵀδ + ½ δᵀHδ``, with δ = −θ on all of the unit's slices and zero elsewhere.
 
     In the quadratic model this keeps everything, in the coordinates of the weights: every other criterion in them
@@ -59,7 +61,7 @@ class Quadratic(Criterion):
     Source: ours; the quadratic model is equation 1 of LeCun et al. 1989, *Optimal Brain Damage*.
     """
 
-    curvature: str = "hessian"
+    curvature: SecondOrder = "hessian"
     linear: bool = True
     chunk: int = 1
     loss: Loss = F.cross_entropy
@@ -67,7 +69,7 @@ class Quadratic(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("curvature", self.curvature, CURVATURES)
+        one_of("curvature", self.curvature, SECOND_ORDER)
         self.chunk = whole("chunk", self.chunk)
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
@@ -96,7 +98,7 @@ class Quadratic(Criterion):
         seen = 0.0
         bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
         with no_checkpoints(graph.model, "quadratic"), evaluating(graph.model), bar:
-            part = "gauss_newton" if self.curvature == "ggn" else "exact"
+            part: HessianPart = "gauss_newton" if self.curvature == "ggn" else "exact"
             for number, batch in pieces(graph.model, given, "quadratic", self.loss, part):
                 bar.total += sum(group.size for group in graph.groups)
                 if together is None:

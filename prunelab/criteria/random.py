@@ -12,7 +12,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class Random(Criterion):
+class Random(Criterion, name="random"):
     """Score every unit by a number drawn uniformly from [0, 1).
 
     In the quadratic model this keeps nothing.  Cost: none, no data are read.

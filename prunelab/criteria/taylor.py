@@ -16,7 +16,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 
 @dataclass
-class Taylor(GroupwiseCriterion):
+class Taylor(GroupwiseCriterion, name="taylor"):
     """Score a unit by ``Σ |w g|`` over its weights, or by ``|Σ w g|`` with ``multivariable=True``; g = E[∂ℓ/∂w].
 
     In the quadratic model this keeps ``gᵀδ`` alone.  Cost: one forward and one backward pass over the batches.

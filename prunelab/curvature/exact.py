@@ -9,6 +9,7 @@ Flows in: a tiny model and batches.  Flows out: ``[n, n]`` matrices.  Notebooks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,9 @@ from prunelab.runtime.switches import plain_attention, undisturbed
 LIMIT = 5000
 """Parameters; a matrix of that size has 25 million entries."""
 
-FISHERS = ("empirical", "mc", "exact")
+LabelSource = Literal["empirical", "mc", "exact"]
+"""The labels of ``fisher``: as given, drawn from the model, or all of them."""
+LABEL_SOURCES: tuple[LabelSource, ...] = get_args(LabelSource)
 
 Names = Sequence[str] | None
 
@@ -111,7 +114,7 @@ def fisher(
     loss: Loss = F.cross_entropy,
     names: Names = None,
     *,
-    kind: str = "exact",
+    kind: LabelSource = "exact",
     seed: int = 0,
     max_parameters: int = LIMIT,
 ) -> Tensor:
@@ -133,8 +136,8 @@ def fisher(
         BudgetError: there is no such kind, or there are more than ``max_parameters``.
         BatchError: the batches do not fit the model, or the targets are no labels where labels are drawn.
     """
-    if kind not in FISHERS:
-        raise BudgetError(f"kind={kind!r} is not one of {', '.join(FISHERS)}.")
+    if kind not in LABEL_SOURCES:
+        raise BudgetError(f"kind={kind!r} is not one of {', '.join(LABEL_SOURCES)}.")
     seen = 0
 
     def rows(parameters: list[Tensor], batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,13 @@ from prunelab.errors import BatchError
 from prunelab.options import one_of
 from prunelab.runtime.devices import exact
 
-FISHERS = ("empirical", "mc", "ggn")
+Fisher = Literal["empirical", "mc", "ggn"]
+"""Whose outer products: of gradients for the labels as given, for labels sampled from the model, or all of them."""
+FISHERS: tuple[Fisher, ...] = get_args(Fisher)
+
+Curvature = Literal[Fisher, "hessian"]
+"""A Fisher, or the Hessian itself."""
+CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
 
 
 def check_fisher(fisher: str) -> None:

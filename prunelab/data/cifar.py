@@ -119,7 +119,7 @@ def _read_sheets(folder: Path) -> CifarSplits:
     return CifarSplits(train, test)
 
 
-def _read_split(folder: Path, split: dict) -> ImageSet:
+def _read_split(folder: Path, split: dict[str, Any]) -> ImageSet:
     image = extra("PIL.Image", "vision", "pl.data")
     targets = torch.tensor([int(digit) for digit in split["labels"]])
     sheets = []

@@ -90,7 +90,7 @@ class Spec:
         return mean, std
 
 
-class Images(Dataset):
+class Images(Dataset[Any]):
     """A data set of images; the two kinds below differ in where the images are.
 
     Args:
@@ -227,8 +227,8 @@ class TrainTest(NamedTuple):
 
 
 def loader(
-    images: Dataset, batch_size: int = 128, *, shuffle: bool = False, seed: int = 0, workers: int | None = None
-) -> DataLoader:
+    images: Dataset[Any], batch_size: int = 128, *, shuffle: bool = False, seed: int = 0, workers: int | None = None
+) -> DataLoader[Any]:
     """Return batches ``(inputs [B, 3, H, W], targets [B])``; the order and the augmentation are seeded.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -29,6 +29,9 @@ from prunelab.surgery.layers import free
 from prunelab.tracing import fakes
 from prunelab.tracing.named import covered
 
+RankPer = Literal["auto", "flops", "params", "unit"]
+RANK_PERS: tuple[RankPer, ...] = get_args(RankPer)
+
 TOLERANCE = 0.01
 """How far below its budget a model may end before a warning, as a share of the budget."""
 
@@ -39,7 +42,7 @@ def factorize(
     *,
     flops: float | None = None,
     params: float | None = None,
-    per: Literal["auto", "flops", "params", "unit"] = "auto",
+    per: RankPer = "auto",
     ignore: Iterable[str | nn.Module] = (),
     train_rotations: bool = True,
     inplace: bool = False,
@@ -88,7 +91,7 @@ def factorize(
     with undisturbed():
         _refuse_masks(model)
         kind, share = _budget(flops, params)
-        one_of("per", per, ("auto", "flops", "params", "unit"))
+        one_of("per", per, RANK_PERS)
         train_rotations, inplace = flag("train_rotations", train_rotations), flag("inplace", inplace)
         if not isinstance(scores, EigenScores):
             name = scores.criterion if isinstance(scores, Scores) else type(scores).__name__

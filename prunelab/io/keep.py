@@ -35,8 +35,20 @@ def save(model: nn.Module, path: str | Path) -> None:
     what ``state_dict`` returns.  An interrupted save leaves the old file as it was.  Among several processes
     (``torch.distributed``) let one save, rank 0 as a rule.
 
+    Args:
+        model: one that ``apply``, ``factorize`` or ``sparsify`` made, in any order, or any other; it stays as it is.
+        path: of the file to write; one that is there already is replaced.
+
     Raises:
+        OptionError: ``path`` is not a path.
         DataError: the file cannot be written, or the model holds something that such a file cannot.
+
+    >>> import tempfile, prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(model, f"{folder}/model.safetensors")
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['model.safetensors']
     """
     path = options.path("path", path)
     refuse_wrapped(model)
@@ -65,7 +77,17 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         The model, in the mode and on the device of ``model``.
 
     Raises:
+        OptionError: ``path`` is not a path.
         DataError: the file is missing, damaged, edited, or not of this class of model; the message says which.
+
+    >>> import tempfile, prunelab as pl
+    >>> x, fresh = torch.ones(1, 4), lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> small, _ = pl.prune(fresh(), x, ratio=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(small, f"{folder}/small.safetensors")
+    ...     again = pl.load(fresh(), f"{folder}/small.safetensors")
+    >>> again[0], torch.equal(again(x), small(x))
+    (Linear(in_features=4, out_features=4, bias=True), True)
     """
     path = options.path("path", path)
     refuse_wrapped(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from prunelab.criteria.base import Scores
 from prunelab.errors import BudgetError, PlanError
 from prunelab.planning import pools, widths
 from prunelab.planning.fit import TOLERANCE, Gone, Supply, fit, smallest_gift
-from prunelab.planning.options import COSTS, Options, check_cuttable, only_budget
+from prunelab.planning.options import COSTS, Options, Per, check_cuttable, only_budget
 from prunelab.planning.order import Bundle, Order, removal_order
 from prunelab.planning.timing import Timing, fit_latency
 from prunelab.plans import Cut, Plan
@@ -33,12 +33,12 @@ def plan(
     bytes: float | None = None,
     latency: float | None = None,
     ratio: float | None = None,
-    scope: Literal["global", "layer", "isomorphic"] = "global",
+    scope: pools.Scope = "global",
     max_ratio: float | Mapping[str | nn.Module, float] = pools.MAX_RATIO,
     round_to: int | None = None,
     ignore: Iterable[str | nn.Module] = (),
     overrides: Mapping[str | nn.Module, float] | None = None,
-    per: Literal["unit", "flops", "params", "bytes"] = "unit",
+    per: Per = "unit",
     timing: Timing | None = None,
 ) -> Plan:
     """Choose the units to remove: those of lowest score, until a budget is met.
@@ -50,22 +50,21 @@ def plan(
 
     Args:
         scores: from a criterion.
-        flops: share of the FLOPs that is kept, in (0, 1], of which 1 removes nothing; or
-        params: share of the parameters that is kept; or
-        bytes: share of the memory of parameters and buffers that is kept; or
-        latency: share of the time of one forward pass that is kept, measured as ``timing`` says; or
-        ratio: share of the units that is removed, in [0, 1), those that ``ignore`` and ``overrides`` name left out of
-            account.
+        flops: share of the FLOPs to keep, in (0, 1], of which 1 removes nothing; or
+        params: share of the parameters to keep; or
+        bytes: share of the memory of parameters and buffers to keep; or
+        latency: share of the time of one forward pass to keep, measured as ``timing`` says; or
+        ratio: share of the units to remove, in [0, 1).  Units that ``ignore`` and ``overrides`` name do not count.
         scope: rank ``"global"``-ly over all groups; remove the same share of every ``"layer"``; or rank within groups
             of the same topology, whatever their sizes, and remove the same share of each class (``"isomorphic"``).
-        max_ratio: the largest share that any group may lose, or name -> share (0.9 for groups that no name means); one
-            unit always stays.
+        max_ratio: the largest share to remove from any group, in (0, 1], or name -> share (0.9 for groups that no name
+            means); one unit always stays.
         round_to: the width of every layer that loses any is a multiple of this: the channels of a convolution, all
             groups of them together, or heads × head width of attention.  Where the budget can be met so, each of these
             factors is one by itself.
         ignore: names or modules whose parameters stay whole.
-        overrides: name -> share removed, instead of what the ranking says.  Here and in ``max_ratio`` a name is that of
-            a group, or of a module or parameter that produces some, or the module itself; the longest name counts.
+        overrides: name -> share to remove, instead of what the ranking says.  Here and in ``max_ratio`` a name is that
+            of a group, or of a module or parameter that produces some, or the module itself; the longest name counts.
         per: compare scores as they are (``"unit"``), or per ``"flops"``, ``"params"`` or ``"bytes"`` that a unit saves
             in the whole network: several units that save little then stand against one that saves much.
         timing: how latency is measured.
@@ -81,6 +80,14 @@ def plan(
             model does not have.
 
     Source: the isomorphic scope is that of Fang et al. 2024, *Isomorphic Pruning for Vision Models*.
+
+    >>> import torch, prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> scores = pl.Scores(pl.trace(model, torch.ones(1, 4)), {"0": torch.arange(8.0)}, "by hand")
+    >>> pl.plan(scores, flops=0.5).removed  # half is kept
+    {'0': (0, 1, 2, 3)}
+    >>> pl.plan(scores, ratio=0.25).removed  # a quarter is removed
+    {'0': (0, 1)}
     """
     if not isinstance(scores, Scores):
         raise PlanError(
@@ -154,7 +161,7 @@ def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:
 
     def missed(gone: Gone) -> float:
         if kind == "ratio":
-            return abs(_miss_of_ratio(share, competing, gone, options.since).get("missed", 0.0))
+            return abs(float(_miss_of_ratio(share, competing, gone, options.since).get("missed", 0.0)))
         return max(1 - TOLERANCE - spent(gone) / share, 0.0) if kind in COSTS else 0.0
 
     found: list[tuple[Supply, Gone, dict[str, Any]]] = []

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import nn
 
@@ -19,7 +19,22 @@ from prunelab.planning import pools
 from prunelab.planning.timing import Timing
 from prunelab.tracing.trace import DependencyGraph
 
-COSTS = ("flops", "params", "bytes")
+CostKind = Literal["flops", "params", "bytes"]
+COSTS: tuple[CostKind, ...] = get_args(CostKind)
+Per = Literal["unit", CostKind]
+PERS: tuple[Per, ...] = get_args(Per)
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keywords of ``plan``, besides its budget, that ``prune`` passes on; see there."""
+
+    scope: pools.Scope
+    max_ratio: float | Mapping[str | nn.Module, float] | None
+    round_to: int | None
+    ignore: str | nn.Module | Iterable[str | nn.Module] | None
+    overrides: Mapping[str | nn.Module, float] | None
+    per: Per
+    timing: Timing | None
 
 
 @dataclass(frozen=True)
@@ -34,19 +49,19 @@ class Options:
         OptionError: one of them is out of its range or of another type.
     """
 
-    scope: str = "global"
+    scope: pools.Scope = "global"
     max_ratio: float | Mapping[Any, float] = pools.MAX_RATIO
     round_to: int | None = None
     ignore: Iterable[str | nn.Module] = ()
     overrides: Mapping[Any, float] = field(default_factory=dict)
-    per: str = "unit"
+    per: Per = "unit"
     timing: Timing = field(default_factory=Timing)
     since: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         set_option = partial(object.__setattr__, self)  # the dataclass is frozen
         one_of("scope", self.scope, pools.SCOPES)
-        one_of("per", self.per, ("unit", *COSTS))
+        one_of("per", self.per, PERS)
         if self.round_to is not None:
             set_option("round_to", whole("round_to", self.round_to))
         if not isinstance(self.max_ratio, Mapping):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from prunelab.tracing.groups import Group
 from prunelab.tracing.named import Items, covered
 from prunelab.tracing.trace import DependencyGraph
 
-SCOPES = ("global", "layer", "isomorphic")
+Scope = Literal["global", "layer", "isomorphic"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 MAX_RATIO = 0.9
 """The share that a group may lose at most where nothing else is said."""
 
@@ -28,7 +29,7 @@ def names(bundle: Bundle) -> set[str]:
     return {group.name for group in bundle}
 
 
-def pools(graph: DependencyGraph, bundles: Sequence[Bundle], scope: str) -> list[list[Bundle]]:
+def pools(graph: DependencyGraph, bundles: Sequence[Bundle], scope: Scope) -> list[list[Bundle]]:
     """Split bundles into pools; units compete within a pool, and every pool loses the same share.
 
     Two groups are isomorphic if they run through parameters of the same kinds of modules, in the same dimensions and
@@ -45,7 +46,7 @@ def pools(graph: DependencyGraph, bundles: Sequence[Bundle], scope: str) -> list
             members.append((type(graph.model.get_submodule(module)).__qualname__, parameter, member.dim, member.role))
         return tuple(sorted(members))
 
-    keys: dict[str, Callable[[Bundle], Any]] = {
+    keys: dict[Scope, Callable[[Bundle], Any]] = {
         "global": lambda bundle: 0,
         "layer": lambda bundle: bundle[0].name,
         "isomorphic": lambda bundle: tuple(kind(group) for group in bundle),

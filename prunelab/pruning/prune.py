@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,11 +24,11 @@ from prunelab.options import whole as whole_number
 from prunelab.planning import pools
 from prunelab.planning.choose import choose
 from prunelab.planning.fit import TOLERANCE
-from prunelab.planning.options import Options, only_budget
+from prunelab.planning.options import Options, PlanOptions, only_budget
 from prunelab.plans import Plan
 from prunelab.pruning.given import compensation, train
 from prunelab.pruning.report import Report, metrics_of
-from prunelab.pruning.schedule import Schedule, shares
+from prunelab.pruning.schedule import Schedule, ScheduleName, shares
 from prunelab.pruning.seeds import seeded
 from prunelab.pruning.state import State, described, identity
 from prunelab.runtime.isolation import copied
@@ -37,6 +37,9 @@ from prunelab.surgery.apply import apply
 from prunelab.surgery.refit.options import Compensation
 from prunelab.tracing import fakes
 from prunelab.tracing.trace import DependencyGraph, trace
+
+if TYPE_CHECKING:  # it is part of typing from Python 3.11 on
+    from typing_extensions import Unpack
 
 BEFORE, CUT, TUNED = "before", "cut", "fine-tuned"
 """The stages of a run, as they stand in its report."""
@@ -55,14 +58,14 @@ def prune(
     latency: float | None = None,
     ratio: float | None = None,
     steps: int = 1,
-    schedule: str | Schedule = "geometric",
+    schedule: ScheduleName | Schedule = "geometric",
     compensate: bool | Compensation | Statistics | Batches = False,
     finetune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float] | float] | None = None,
     state: str | Path | None = None,
     seed: int | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> tuple[nn.Module, Report]:
     """Prune ``model`` to a budget and return the smaller model with a report; ``model`` stays as it is.
 
@@ -73,11 +76,11 @@ def prune(
         data: batches for the criterion, or a ``Task``; it is read once per step, twice with ``compensate``.
             With ``distributed.Sharded`` every process gives its share and calls this; plans, rows of the report and
             weights are then the same in all of them.
-        flops: share of the FLOPs that is kept (1 removes nothing); or
-        params: share of the parameters that is kept; or
-        bytes: share of the memory of parameters and buffers that is kept; or
-        latency: share of the time of one forward pass that is kept (see ``plan``); or
-        ratio: share of the units that is removed.
+        flops: share of the FLOPs to keep, in (0, 1], of which 1 removes nothing; or
+        params: share of the parameters to keep; or
+        bytes: share of the memory of parameters and buffers to keep; or
+        latency: share of the time of one forward pass to keep (see ``plan``); or
+        ratio: share of the units to remove, in [0, 1), of which 0 removes nothing.
         steps: cut in so many steps, scoring anew before each.
         schedule: what is left after each step: equal parts of what was there (``"geometric"``), equal amounts
             (``"linear"``), much at first and little at the end (``"cubic"``), or ``(progress, final) -> share left``.
@@ -93,8 +96,8 @@ def prune(
             draw from nothing else: a loader with a generator of its own is to be made in ``finetune``.  By default it
             is drawn from PyTorch's generator.
         progress: show a progress bar, if there are several steps.
-        options: of ``plan`` (scope, max_ratio, round_to, ignore, overrides, per, timing).  Shares of groups are of what
-            they had at first; ``overrides`` follow the schedule.
+        options: of ``plan`` (scope, max_ratio, round_to, ignore, overrides, per, timing).  ``max_ratio`` and
+            ``overrides`` are shares to remove, of what a group had at first; ``overrides`` follow the schedule.
 
     Returns:
         The pruned model, in the mode of the original, and the report.
@@ -108,6 +111,14 @@ def prune(
         DataError: ``state`` holds another run or something else, or cannot be written.
 
     Source: cubic schedule: Zhu & Gupta 2017, *To prune, or not to prune*, equation 1.
+
+    >>> import prunelab as pl
+    >>> model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.ones(1, 4)
+    >>> small, report = pl.prune(model, x, ratio=0.5, steps=2, evaluate=lambda model: model(x).norm().item())
+    >>> pl.count(model, x).params, pl.count(small, x).params
+    (114, 58)
+    >>> [row["stage"] for row in report.rows], "score" in report.rows[0]
+    (['before', 'cut', 'cut'], True)
     """
     steps, progress = whole_number("steps", steps), flag("progress", progress)
     kind, asked = only_budget(flops=flops, params=params, bytes=bytes, latency=latency, ratio=ratio)
@@ -211,14 +222,14 @@ class Goal:
         asked: float,
         schedule: str | Schedule,
         steps: int,
-        options: Mapping[str, Any],
+        options: PlanOptions,
     ) -> None:
-        known = {field.name for field in fields(Options)} - {"since"}
+        known = PlanOptions.__annotations__.keys()
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
             raise OptionError(f"There is no option {unknown!r}; those of plan are {', '.join(sorted(known))}.")
         self.kind, self.asked, self.steps = kind, asked, steps
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         items = parts("ignore", given.get("ignore", ()))
         places = {id(module): name for name, module in graph.model.named_modules()}
         skipped = pools.ignored_groups(graph, items)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
 from prunelab.errors import OptionError
 from prunelab.options import plain_number, shown
@@ -35,7 +36,8 @@ def cubic(progress: float, final: float) -> float:
     return final + (1 - final) * (1 - progress) ** 3
 
 
-SCHEDULES: dict[str, Schedule] = {"linear": linear, "geometric": geometric, "cubic": cubic}
+ScheduleName = Literal["linear", "geometric", "cubic"]
+SCHEDULES: dict[ScheduleName, Schedule] = {"linear": linear, "geometric": geometric, "cubic": cubic}
 
 
 def shares(schedule: str | Schedule, steps: int, final: float) -> list[float]:

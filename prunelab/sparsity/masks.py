@@ -101,8 +101,19 @@ def bake(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: a model that ``sparsify`` made.
         inplace: change ``model`` itself instead of a copy.
 
+    Returns:
+        The model without masks, of the same class, in the same mode, on the same device.
+
     Raises:
         PlanError: a weight with a mask has another parametrization too, whose result a plain weight cannot keep.
+
+    >>> import prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(4, 2))
+    >>> sparse = pl.sparsify(model, {"0.weight": torch.arange(8.0).view(2, 4)}, 0.25)
+    >>> list(sparse.state_dict()), list(pl.bake(sparse).state_dict())
+    (['0.bias', '0.parametrizations.weight.original', '0.parametrizations.weight.0.mask'], ['0.weight', '0.bias'])
+    >>> int((pl.bake(sparse)[0].weight != 0).sum())
+    2
     """
     refuse_wrapped(model)
     for module, parts, attribute in _masked(model):

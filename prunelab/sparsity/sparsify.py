@@ -7,7 +7,7 @@ shapes.  Notebook 05_obs uses it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,16 @@ from prunelab.runtime.isolation import copied
 from prunelab.runtime.switches import undisturbed
 from prunelab.sparsity.masks import input_dim, mask_of, parameters_of, plain_name, prunable, put_masks, value_of
 
+WeightScope = Literal["global", "layer"]
+WEIGHT_SCOPES: tuple[WeightScope, ...] = get_args(WeightScope)
+
 
 def sparsify(
     model: nn.Module,
     scores_elementwise: Mapping[str, Tensor],
     density: float | None = None,
     *,
-    scope: Literal["global", "layer"] = "global",
+    scope: WeightScope = "global",
     pattern: tuple[int, int] | None = None,
     names: Iterable[str] | None = None,
     inplace: bool = False,
@@ -71,7 +74,7 @@ def sparsify(
         refuse_wrapped(model)
         inplace = flag("inplace", inplace)
         density = _checked_density(density, pattern)
-        one_of("scope", scope, ("global", "layer"))
+        one_of("scope", scope, WEIGHT_SCOPES)
         scores = _checked_scores(model, scores_elementwise, names)
         if pattern is not None:
             fits = {name: score for name, score in scores.items() if _fits(model, name, score, pattern[1], names)}

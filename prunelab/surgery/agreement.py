@@ -122,7 +122,7 @@ class _Kept(Calls):
         self.names = {id(module): name for name, module in model.named_modules()}
         self.calls: list[_Made] = []
 
-    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function and keep what it returns."""
         out = func(*args, **kwargs)
         made = [part.detach().clone() for part in tensors_of(out)]

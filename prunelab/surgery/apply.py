@@ -7,7 +7,7 @@ rebuilt from its operators (``rebuilt``); either is held against ``pl.masked``.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from prunelab.surgery.cut import cut
 from prunelab.surgery.rebuilt.rebuild import Replayed, replay
 from prunelab.surgery.refit.options import How
 
+Backend = Literal["auto", "module", "graph"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
 
 @undisturbed()
 def apply(
@@ -27,7 +30,7 @@ def apply(
     plan: Plan,
     *,
     inplace: bool = False,
-    backend: Literal["auto", "module", "graph"] = "auto",
+    backend: Backend = "auto",
     compensate: How = None,
     check: bool = True,
 ) -> nn.Module:
@@ -51,11 +54,22 @@ def apply(
         The smaller model: of the same class or a ``torch.fx.GraphModule``, in the same mode, on the same device.
 
     Raises:
+        OptionError: an option is not one of those above.
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says; ``model`` is
             then as it was.
         BatchError: what ``compensate`` was given does not fit the model.
+
+    >>> import torch, prunelab as pl
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan = pl.plan(pl.criteria.get("magnitude")(pl.trace(model, torch.ones(1, 4))), ratio=0.5)
+    >>> pl.apply(model, plan)
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=2, bias=True)
+    )
     """
-    one_of("backend", backend, ("auto", "module", "graph"))
+    one_of("backend", backend, BACKENDS)
     flag("inplace", inplace)
     check_plan(plan)
     known = isinstance(model, Replayed) or plan.budget.get("backend") == "graph"  # needs no second attempt

@@ -46,6 +46,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         model: the model that the plan was made for, in any mode and on any device.
         plan: what goes.
 
+    Returns:
+        The copy, with all its parameters in their old shapes, in the same mode, on the same device.
+
     Raises:
         PlanError: the plan does not fit the model.  When the copy runs: its code takes a statistic over removed units
             that is not known here, or couples units otherwise with these inputs.
@@ -125,7 +128,7 @@ class Silence(WatchedCalls):
         self.seen = seen
         self.changes = Changes(Kept({id(axes.leaves[leaf]): mask for leaf, mask in kept.masks.items()}))
 
-    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_call(self, call: FunctionCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Return what the call returns in the cut network; removed entries of it may be anything."""
         change = self.changes.of(call)
         if change is not None:
@@ -159,7 +162,7 @@ class Change:
     zeroed: dict[int, Masks]
     counted: Masks | None
 
-    def make(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the function gives in the cut network."""
         flat, spec = tree_flatten((args, kwargs))
         places = [place for place, part in enumerate(flat) if isinstance(part, Tensor)]

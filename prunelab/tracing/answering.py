@@ -22,7 +22,9 @@ class Answering(TorchDispatchMode):
         super().__init__()
         self.known = Known(mode)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return func(*args, **kwargs)

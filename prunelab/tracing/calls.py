@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prunelab.tracing.trace import DependencyGraph
 
 
-class _Ignored(list):
+class _Ignored(list[Any]):
     """A list that forgets what it is given: what rules note for a trace, and nobody asks for here."""
 
     def append(self, value: Any) -> None:
@@ -119,7 +119,7 @@ class RealAxes(TorchDispatchMode):
 
     def dims(self, tensor: Tensor) -> Dims:
         """Return the axes of a tensor; one that was never seen is an input or a constant of the code."""
-        found = self._dims.get(tensor)
+        found: Dims | None = self._dims.get(tensor)
         if found is None:
             found = [Dim(leaf(size, "an input or a constant")) for size in tensor.shape]
             self.know(tensor, found)
@@ -142,7 +142,9 @@ class RealAxes(TorchDispatchMode):
         finally:
             self._quiet = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         strides = args[0].stride() if func in RESTRIDES else ()
         out = func(*args, **kwargs)
@@ -317,11 +319,13 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self._inside: list[Callable[..., Any]] = []
 
-    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what the function does."""
         return func(*args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         body = opened(func)
         if body is None or func in self._inside[-1:]:  # ``Tensor.unflatten`` and its like call what has their own name
             return self.on_call(func, args, kwargs or {})
@@ -346,11 +350,11 @@ class WatchedCalls(Calls):
         self._groups = {id(leaf) for leaf in axes.leaves.values()}
         self._silent = WeakIdKeyDictionary()
 
-    def after_call(self, call: FunctionCall, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_call(self, call: FunctionCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Return what the call is to return."""
         raise NotImplementedError
 
-    def on_call(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function and describe the call."""
         given = tensors_of((args, kwargs))
         before = [Given(self.axes.axes(one), self.axes.is_parametric(one), self._is_silent(one)) for one in given]
@@ -381,7 +385,7 @@ class WatchedCalls(Calls):
     def _is_silent(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is zero where parameters made it so; a view whose base was written to is not."""
         if tensor in self._silent:
-            return self._silent[tensor] == _version(tensor)
+            return bool(self._silent[tensor] == _version(tensor))
         return isinstance(tensor, nn.Parameter)
 
     def _follows(self, call: FunctionCall, number: bool) -> bool:
@@ -394,7 +398,7 @@ class WatchedCalls(Calls):
         return leaves_of(axis for axes in call.made for axis in axes).keys() & self._groups <= zero
 
 
-def _operands(name: str, args: tuple) -> tuple:
+def _operands(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a function adds or writes, if it does one of these."""
     return args[2:] if name == "__setitem__" else args[:2]
 

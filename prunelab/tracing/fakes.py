@@ -23,7 +23,7 @@ from prunelab.runtime.isolation import held, kept_tensors, modes_kept, uncopied
 from prunelab.runtime.switches import undisturbed
 from prunelab.tracing import hooks
 
-Inputs = Tensor | tuple | list | Mapping[str, Any]
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 class FakeMode(FakeTensorMode):
@@ -181,7 +181,8 @@ def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> n
             for name, value in module.__getstate__().items()
         }
         memo[id(module)].__setstate__(state)
-    return _copied(model, memo)
+    copy: nn.Module = _copied(model, memo)
+    return copy
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -223,7 +224,7 @@ def forget(model: nn.Module) -> nn.Module:
     return model
 
 
-def fake_inputs(inputs: Inputs, mode: FakeMode, model: nn.Module) -> tuple[tuple, dict[str, Any]]:
+def fake_inputs(inputs: Inputs, mode: FakeMode, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments of a call of the model, with fakes for tensors.
 
     Inputs of which only the shape is known (on the meta device) get the device of the model's first parameter.

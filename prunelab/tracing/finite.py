@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """One call of an operator, with the tensors that it was given and those that it returned."""
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: list[Tensor]
     given: list[Tensor]

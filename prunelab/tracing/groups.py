@@ -5,7 +5,7 @@ Flows in: a recorder after the run.  Flows out: groups with their members, and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -113,7 +113,9 @@ def _roles(recorder: Recorder) -> dict[tuple[str, int], list[tuple[str, Axis | N
     return roles
 
 
-def _role(roles: dict, origin: tuple[str, int], axis: Axis) -> str:
+def _role(
+    roles: Mapping[tuple[str, int], Sequence[tuple[str, Axis | None]]], origin: tuple[str, int], axis: Axis
+) -> str:
     known = roles.get(origin, [])
     if any(within is not None and any(part is axis for part in leaves(within)) for _, within in known):
         return "carries"

@@ -204,7 +204,7 @@ def holds(value: Any) -> bool:
     """Tell whether a value is an integer that depends on attributes, or a list with one."""
     kind = type(value)
     if kind is Observed:
-        return value.held
+        return bool(value.held)
     if kind is tuple or kind is list or kind is torch.Size:
         return any(type(part) is Observed and part.held for part in value)
     return False

@@ -101,7 +101,9 @@ class Known:
         self._roots[id(tensor)] = root
         self._parents[id(tensor)] = parents
 
-    def note(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor]) -> None:
+    def note(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor]
+    ) -> None:
         """Follow one call: what went in and what came out are the tensors ``given`` and ``made``."""
         kind = _kind(func)
         step = Step(func, args, kwargs, made, given)
@@ -141,7 +143,9 @@ class Known:
 
     # ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def answer(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> tuple[tuple, Any] | None:
+    def answer(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+    ) -> tuple[tuple[Any, ...], Any] | None:
         """Return the arguments and the result of an operator that looks at values, if it looks at known ones alone.
 
         Masks among the indices of a tensor are replaced by the numbers of the entries that they pick.
@@ -172,7 +176,7 @@ class Known:
 
         return args, tree_map(fake, real)
 
-    def _index(self, func: Any, tensor: Tensor, indices: list[Tensor | None]) -> tuple[tuple, Any] | None:
+    def _index(self, func: Any, tensor: Tensor, indices: list[Tensor | None]) -> tuple[tuple[Any, ...], Any] | None:
         masks = [index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)]
         if not masks or not self._sound(masks):
             return None
@@ -189,7 +193,7 @@ class Known:
             numbers += [self._fake(place, tensor.device) for place in places]
         return (tensor, numbers), func(tensor, numbers)
 
-    def _masked_select(self, args: tuple) -> tuple[tuple, Any] | None:
+    def _masked_select(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any] | None:
         tensor, mask = args
         data = self.value(mask)
         if data is None:
@@ -232,7 +236,7 @@ class Known:
                 self._values[key] = self._values[key].detach().to("cpu", copy=True)
         return self._values[key]
 
-    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator on the data of its arguments."""
 
         def real(value: Any) -> Any:

@@ -100,7 +100,9 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.recorder, self.notes = recorder, notes
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         self.recorder.function = name
@@ -133,7 +135,7 @@ class Observer(TorchFunctionMode):
             return out
         return torch.Size([observe(size, dim.axis, self.notes, False) for size, dim in zip(out, dims, strict=True)])
 
-    def size(self, args: tuple, kwargs: dict, out: Any) -> Any:
+    def size(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if isinstance(out, torch.Size):
             return self.shape(args[0], out)
         dims = self.recorder.known(args[0])

@@ -7,7 +7,7 @@ size.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import cache
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ _DEPTH = 4
 
 def plant(
     modules: Iterable[tuple[str, nn.Module]], notes: Notes
-) -> tuple[dict[Attribute, int], list[tuple[dict, str, Any]]]:
+) -> tuple[dict[Attribute, int], list[tuple[dict[str, Any], str, Any]]]:
     """Replace the integers that modules and their configurations hold by observed ones.
 
     Returns:
@@ -50,7 +50,7 @@ def plant(
     return planter.values, planter.before
 
 
-def restore(before: list[tuple[dict, str, Any]]) -> None:
+def restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
     """Put back what ``plant`` replaced."""
     for store, name, value in before:
         if value is _ABSENT:
@@ -76,7 +76,7 @@ class _Planter:
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
         self.values: dict[Attribute, int] = {}
-        self.before: list[tuple[dict, str, Any]] = []
+        self.before: list[tuple[dict[str, Any], str, Any]] = []
         self.seen: set[int] = set()
         self.classes: dict[type, list[tuple[str, int]]] = {}
         self.holders: dict[type, bool] = {}
@@ -96,7 +96,7 @@ class _Planter:
             if name not in store:
                 self.entry(store, name, value, Attribute(path, (name,)), _ABSENT)
 
-    def entry(self, store: dict, name: str, value: Any, where: Attribute, before: Any = None) -> None:
+    def entry(self, store: dict[str, Any], name: str, value: Any, where: Attribute, before: Any = None) -> None:
         new = self.observed(value, where)
         if new is not value:
             self.before.append((store, name, value if before is None else before))
@@ -121,7 +121,7 @@ class _Planter:
             self.holder(value, where, vars(value))
         return value
 
-    def holder(self, owner: Any, where: Attribute, *stores: dict) -> None:
+    def holder(self, owner: Any, where: Attribute, *stores: dict[str, Any]) -> None:
         """Go into a configuration object or a dictionary, once."""
         if id(owner) in self.seen or len(where.steps) >= _DEPTH:
             return
@@ -184,7 +184,7 @@ def _get(owner: Any, step: Any) -> Any:
     return owner[step] if isinstance(owner, (dict, list, tuple)) else getattr(owner, str(step))
 
 
-def _replaced(inner: tuple, steps: tuple[str | int, ...], value: Any) -> tuple:
+def _replaced(inner: tuple[Any, ...], steps: tuple[str | int, ...], value: Any) -> tuple[Any, ...]:
     first, *rest = steps
     parts = list(inner)
     assert isinstance(first, int)
@@ -194,5 +194,5 @@ def _replaced(inner: tuple, steps: tuple[str | int, ...], value: Any) -> tuple:
         _put(parts[first], tuple(rest), value)
     else:
         parts[first] = value
-    make: Any = getattr(type(inner), "_make", type(inner))
+    make: Callable[[list[Any]], tuple[Any, ...]] = getattr(type(inner), "_make", type(inner))
     return make(parts)

@@ -16,16 +16,16 @@ from prunelab.tracing.integers import Formula, Observed, holds
 if TYPE_CHECKING:
     from prunelab.tracing.observe import Observer
 
-Reader = Callable[["Observer", tuple, dict, Any], None]
+Reader = Callable[["Observer", tuple[Any, ...], dict[str, Any], Any], None]
 
 
-def _argument(args: tuple, kwargs: dict, place: int, *names: str, default: Any = None) -> Any:
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str, default: Any = None) -> Any:
     if len(args) > place:
         return args[place]
     return next((kwargs[name] for name in names if name in kwargs), default)
 
 
-def _sizes(args: tuple, kwargs: dict, place: int) -> Sequence[Any]:
+def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> Sequence[Any]:
     """Return sizes that are given one by one, or as one tuple."""
     first = _argument(args, kwargs, place, "size", "shape", "sizes", "repeats", "dims")
     if isinstance(first, (tuple, list)):
@@ -36,7 +36,7 @@ def _sizes(args: tuple, kwargs: dict, place: int) -> Sequence[Any]:
 def _whole(start: int) -> Reader:
     """The sizes are those of the result."""
 
-    def read(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+    def read(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         sizes = _sizes(args, kwargs, start)
         if isinstance(out, Tensor) and any(type(size) is int or type(size) is Observed for size in sizes):
             observer.describe_all(sizes, observer.recorder.known(out) or [])
@@ -44,13 +44,13 @@ def _whole(start: int) -> Reader:
     return read
 
 
-def _unflatten(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _unflatten(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     place, sizes = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "sizes", "unflattened_size")
     if isinstance(place, int) and isinstance(sizes, (tuple, list)):
         observer.describe_all(sizes, (observer.recorder.known(out) or [])[place % args[0].dim() :])
 
 
-def _split(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _split(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     sizes = _argument(args, kwargs, 1, "split_size", "split_size_or_sections", "split_sizes")
     place = _argument(args, kwargs, 2, "dim", default=0)
     if isinstance(sizes, int):
@@ -61,7 +61,7 @@ def _split(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
             observer.describe(size, dims[place].axis)
 
 
-def _narrow(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _narrow(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     place, start = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "start")
     dims, whole = observer.recorder.known(out), observer.recorder.known(args[0])
     if dims and whole:
@@ -70,7 +70,7 @@ def _narrow(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
             observer.describe_start(start, whole[place].axis)
 
 
-def _slices(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _slices(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if not any(isinstance(part, slice) and (holds(part.start) or holds(part.stop)) for part in index):
         return
@@ -90,7 +90,7 @@ def _slices(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
         place += part is not None
 
 
-def _repeat(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _repeat(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     sizes, dims, before = _sizes(args, kwargs, 1), observer.recorder.known(out), observer.recorder.known(args[0])
     if dims and before is not None:
         before = [None] * (len(dims) - len(before)) + [dim.axis for dim in before]  # type: ignore[assignment]
@@ -98,7 +98,7 @@ def _repeat(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
             _times(observer, times, dim.axis, axis)  # type: ignore[arg-type]
 
 
-def _repeat_interleave(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _repeat_interleave(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     times, place = _argument(args, kwargs, 1, "repeats"), _argument(args, kwargs, 2, "dim")
     dims, before = observer.recorder.known(out), observer.recorder.known(args[0])
     if dims and before and isinstance(place, int):
@@ -112,7 +112,7 @@ def _times(observer: Observer, times: Any, axis: Axis, before: Axis | None) -> N
         observer.recorder.described.append((whole, axis))
 
 
-def _norm(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _norm(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     shape, dims = _argument(args, kwargs, 1, "normalized_shape"), observer.recorder.known(args[0])
     if dims and isinstance(shape, (tuple, list)) and len(shape) <= len(dims):
         observer.describe_all(shape, dims[len(dims) - len(shape) :])
@@ -121,7 +121,7 @@ def _norm(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
 def _groups(place: int) -> Reader:
     """The rule of the operator noted the axis of the groups last."""
 
-    def read(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+    def read(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         groups = _argument(args, kwargs, place, "groups", "num_groups")
         if holds(groups) and observer.recorder.sizes and groups > 1:
             observer.describe(groups, observer.recorder.sizes[-1][2])
@@ -129,14 +129,14 @@ def _groups(place: int) -> Reader:
     return read
 
 
-def _shuffle(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _shuffle(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     groups, dims = _argument(args, kwargs, 1, "groups"), observer.recorder.known(args[0])
     if holds(groups) and dims and dims[1].size % groups == 0:
         plain = int.__add__(groups, 0)
         observer.describe(groups, regroup([dims[1].axis], [plain, dims[1].size // plain], "a channel shuffle")[0])
 
 
-def _arange(observer: Observer, args: tuple, kwargs: dict, out: Any) -> None:
+def _arange(observer: Observer, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     dims = observer.recorder.known(out)
     if dims and len(args) == 1:
         observer.describe(args[0], dims[0].axis)

@@ -90,8 +90,8 @@ class Call:
         self,
         recorder: Recorder,
         func: Any,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         out: Any,
         outputs: list[Tensor],
         strides: tuple[int, ...] = (),
@@ -153,7 +153,7 @@ class Op:
     """
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     module: str
@@ -238,7 +238,7 @@ class Recorder(TorchDispatchMode):
         self.weight_norms: list[tuple[str, str, int]] = []
         self.flops: list[tuple[int, tuple[Axis, ...]]] = []
         self.visited: dict[str, int] = {}
-        self.held: list[tuple] | None = None
+        self.held: list[tuple[Any, ...]] | None = None
         self.sized = False
         self.function = ""
         self._dims: dict[int, Dims] = {}
@@ -317,7 +317,9 @@ class Recorder(TorchDispatchMode):
             module._forward_hooks[_OWN_HOOK] = leave
             module._forward_hooks_always_called[_OWN_HOOK] = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
@@ -336,7 +338,7 @@ class Recorder(TorchDispatchMode):
             self._note(func, args, kwargs, out, made, strides)
         return out
 
-    def note_held(self, held: list[tuple]) -> None:
+    def note_held(self, held: list[tuple[Any, ...]]) -> None:
         """State the equations of calls that were held back."""
         for func, args, kwargs, out, made, strides, module in held:
             self.stack.append(module)
@@ -346,7 +348,13 @@ class Recorder(TorchDispatchMode):
         self._freeze_looked_at()
 
     def _note(
-        self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, made: list[Tensor], strides: tuple[int, ...]
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        made: list[Tensor],
+        strides: tuple[int, ...],
     ) -> None:
         """State the equations of a call that made tensors, and put it on the tape."""
         call = Call(self, func, args, kwargs, out, made, strides)
@@ -379,7 +387,9 @@ class Recorder(TorchDispatchMode):
                 freeze(dim.axis, why)
         return [[Dim(leaf(size, why)) for size in tensor.shape] for tensor in call.outputs]
 
-    def _answer(self, func: Any, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> tuple[tuple, Any] | None:
+    def _answer(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+    ) -> tuple[tuple[Any, ...], Any] | None:
         """Return the arguments and the result of an operator that looks at the values of constants.
 
         What the code learns from them it would not learn from a cut constant, so they stay whole.  That nothing is
@@ -406,7 +416,7 @@ class Recorder(TorchDispatchMode):
             if each in self.parameters:
                 self.visited.setdefault(each, len(self.visited))
 
-    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator on tensors without data."""
         key = self.shortcut.describe(func, args, kwargs)
         out = None if key is None else self.shortcut.recall(key, args)

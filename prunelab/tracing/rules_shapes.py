@@ -20,7 +20,7 @@ def view(call: Call) -> list[Dims]:
     return [[Dim(axis, origins) for axis, origins in zip(axes, _origins_of_view(dims, shape), strict=True)]]
 
 
-def _origins_of_view(dims: Dims, shape: Sequence[int]) -> list[frozenset]:
+def _origins_of_view(dims: Dims, shape: Sequence[int]) -> list[frozenset[tuple[str, int]]]:
     """Give every new dimension the origins of the old ones whose entries it shares."""
 
     def spans(sizes: Sequence[int]) -> list[tuple[int, int]]:

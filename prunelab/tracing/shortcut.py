@@ -39,7 +39,7 @@ class _Result(NamedTuple):
 
 _LOCK = threading.Lock()
 
-_REMEMBERED: dict[tuple, Any] = {}
+_REMEMBERED: dict[tuple[Any, ...], Any] = {}
 """Description of a call -> ``_FIRST``, or the ``_Result`` of every output (``None`` where it returns none)."""
 
 
@@ -53,7 +53,7 @@ class Shortcut:
     def __init__(self, mode: FakeMode) -> None:
         self.mode = mode
 
-    def describe(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    def describe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """Return what decides the result of a call, ``None`` where that cannot be told.
 
         With gradients on, PyTorch looks at who shares memory with whom, so nothing is remembered then.
@@ -85,7 +85,7 @@ class Shortcut:
                 raise _Unknown
         return parts
 
-    def recall(self, key: tuple, args: tuple) -> Any:
+    def recall(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         """Return what a call with this description returns, ``None`` where that is not known."""
         known = _REMEMBERED.get(key)
         if known is None or known is _FIRST:
@@ -95,7 +95,9 @@ class Shortcut:
         kind, results = known
         return kind([result and self.mode.make(*result) for result in results])
 
-    def remember(self, key: tuple, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+    def remember(
+        self, key: tuple[Any, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         """Keep what a call returned, if it is fake tensors made by it, or its first argument written to."""
         if any(tag in func.tags for tag in _CHANGES_SHAPE) or self.describe(func, args, kwargs) != key:
             return
@@ -125,7 +127,7 @@ _layout = Tensor.layout.__get__  # type: ignore[attr-defined]
 """Of any tensor; the one that fake tensors have takes as long as everything else here."""
 
 
-def _describe_result(tensor: Any, args: tuple) -> _Result | None:
+def _describe_result(tensor: Any, args: tuple[Any, ...]) -> _Result | None:
     """Return what makes another such tensor, ``None`` for one that was an argument or holds more than a shape."""
     if type(tensor) is not FakeTensor or tensor.constant is not None or any(tensor is value for value in args):
         return None

@@ -10,6 +10,7 @@ what cannot be tied is frozen, with a reason that names the attribute.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from prunelab.tracing.axes import (
     Axis,
@@ -74,10 +75,10 @@ def _columns(axes: list[Axis]) -> list[list[Axis]] | None:
     return [list(column) for column in zip(*rows, strict=True) if len({id(part) for part in column}) > 1]
 
 
-def _build(axis: Axis) -> tuple:
+def _build(axis: Axis) -> tuple[Any, ...]:
     """Return what an axis is made of, nested products and sums as one, without regard to which leaves they are."""
 
-    def join(kind: str) -> Callable[[list[tuple]], tuple]:
+    def join(kind: str) -> Callable[[list[tuple[Any, ...]]], tuple[Any, ...]]:
         return lambda parts: (kind, *(deep for part in parts for deep in (part[1:] if part[0] == kind else [part])))
 
     return fold(axis, lambda part: ("leaf", part.size), join("product"), join("sum"))

@@ -246,7 +246,7 @@ def _trace(model: nn.Module, example_inputs: fakes.Inputs, ignore: Iterable[str 
     return graph
 
 
-def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> Any:
+def _run(copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any, recorder: Recorder) -> Any:
     try:
         watched = nullcontext() if recorder.held is not None else observed(recorder)
         with mode, recorder, watched:
@@ -269,7 +269,7 @@ def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
 
 
 def _run_at_another_size(
-    copy: nn.Module, inputs: tuple, mode: Any, recorder: Recorder
+    copy: nn.Module, inputs: tuple[Any, ...], mode: fakes.FakeMode, recorder: Recorder
 ) -> tuple[list[Tensor], set[int]]:
     """Trace the model onto the same axes at the first other size at which it runs.
 
@@ -304,7 +304,9 @@ def _run_at_another_size(
     return [], set()
 
 
-def _run_in_training(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recorder: Recorder) -> list[Tensor]:
+def _run_in_training(
+    copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any, recorder: Recorder
+) -> list[Tensor]:
     """Trace what only runs in training onto the same axes and return its outputs; none if it cannot run."""
     flops, length = list(recorder.flops), len(recorder.tape)
     try:

@@ -13,12 +13,14 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelab import data, zoo
+from prunelab.data.sets import CIFAR10
 from prunelab.training.loop import default_device, evaluate, fit
 from prunelab.training.recipes import PAPERS, RECIPES, Recipe
 
@@ -26,7 +28,7 @@ OLD_NAMES = {"full": "cifar10", "mini": "cifar10-mini"}
 """What ``--data`` was called when there was CIFAR-10 alone."""
 
 
-def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Recipe, seed: int) -> dict:
+def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Train ``name`` from scratch, write its weights in fp16 and beside them its log as JSON, and return the latter.
 
     Args:
@@ -61,7 +63,7 @@ def train_checkpoint(name: str, source: str, out: Path, state: Path, recipe: Rec
         {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     )
     accuracy = {f"{len(images.test)} test images": evaluate(model, test)["accuracy"]}
-    if images.train.spec is data.CIFAR10:
+    if images.train.spec is CIFAR10:
         accuracy["mini test set"] = evaluate(model, data.loader(data.get("cifar10-mini").test, 500))["accuracy"]
     report = {
         "network": name,

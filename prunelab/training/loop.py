@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from prunelab.runtime.isolation import eval_mode
 from prunelab.training.distillation import Distillation
 from prunelab.training.recipes import Recipe
 
-PRECISIONS = ("float32", "mixed")
+Precision = Literal["float32", "mixed"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def default_device() -> torch.device:
@@ -35,7 +36,7 @@ def default_device() -> torch.device:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str = "float32"
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: Precision = "float32"
 ) -> dict[str, float]:
     """Return the mean cross-entropy ``loss`` (nats) and ``accuracy`` (share in [0, 1]) over the batches, in eval mode.
 
@@ -73,7 +74,7 @@ def fit(
     state: Path | None = None,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
     progress: bool = True,
-    precision: str = "mixed",
+    precision: Precision = "mixed",
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, where it is, and return one row per epoch.
 
@@ -129,12 +130,12 @@ def fit(
 
 def _train_epoch(
     model: nn.Module,
-    batches: Iterable,
+    batches: Iterable[Any],
     optimizer: Any,
     schedule: Any,
     distill: Distillation | None,
     bar: tqdm,
-    precision: str,
+    precision: Precision,
 ) -> float:
     """Train for one epoch and return the mean loss."""
     device = next(model.parameters()).device
@@ -154,7 +155,7 @@ def _train_epoch(
     return total.item() / seen
 
 
-def mixed_precision(device: torch.device, precision: str = "mixed") -> torch.autocast:
+def mixed_precision(device: torch.device, precision: Precision = "mixed") -> torch.autocast:
     """Return a context in which a GPU that can multiplies in bfloat16; weights and sums stay in float32.
 
     With bfloat16's range of exponents gradients need no scaling.  GPUs before NVIDIA's Ampere, and CPUs, compute in
@@ -169,18 +170,19 @@ def mixed_precision(device: torch.device, precision: str = "mixed") -> torch.aut
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
 
 
-def _keep(path: Path, parts: dict, log: list[dict[str, float]]) -> None:
+def _keep(path: Path, parts: dict[str, Any], log: list[dict[str, float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     torch.save({key: part.state_dict() for key, part in parts.items()} | {"log": log}, fresh)
     os.replace(fresh, path)
 
 
-def _resume(path: Path, parts: dict, device: torch.device) -> list[dict[str, float]]:
+def _resume(path: Path, parts: dict[str, Any], device: torch.device) -> list[dict[str, float]]:
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(kept[key])
+        log: list[dict[str, float]] = kept["log"]
     except Exception as error:
         raise DataError(f"{path} is not the state of this run ({error}); delete it to start again.") from error
-    return kept["log"]
+    return log

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from prunelab.errors import BudgetError
 
-OPTIMIZERS = ("sgd", "momentum", "adamw")
-DECAYS = ("cycle", "steps")
+Optimizer = Literal["sgd", "momentum", "adamw"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+Decay = Literal["cycle", "steps"]
+DECAYS: tuple[Decay, ...] = get_args(Decay)
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,10 @@ class Recipe:
     epochs: float
     lr: float
     weight_decay: float
-    optimizer: str = "sgd"
+    optimizer: Optimizer = "sgd"
     batch_size: int = 128
     warmup: float = 0.15
-    decay: str = "cycle"
+    decay: Decay = "cycle"
     milestones: tuple[float, ...] = (0.5, 0.75)
 
     def __post_init__(self) -> None:

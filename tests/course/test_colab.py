@@ -103,7 +103,8 @@ NEEDED = sorted(names_in_setup())
 def test_the_cell_looks_for_what_pyproject_asks_for():
     tomllib = pytest.importorskip("tomllib", reason="part of Python since 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needs = {Requirement(line).name for line in project["dependencies"]}
+    extras = [line for extra in ("figures", "tables", "vision") for line in project["optional-dependencies"][extra]]
+    needs = {Requirement(line).name for line in [*project["dependencies"], *extras]}
     assert set(NEEDED) == (needs - OF_TORCHVISION) | {"ipywidgets"}
 
 

@@ -185,7 +185,7 @@ def test_saving_executes_and_cleans(tmp_path, command):
     ("source", "words"),
     [
         ("print('/' + 'home/me/data')", "cell In [1] shows /" + "home/me"),
-        ("print('x' * 700_000)", "at most 600"),
+        ("print(('x' * 99 + chr(10)) * 7_000)", "at most 600"),
         ("import sys; print('careful', file=sys.stderr)", "writes to stderr: careful"),
         ("1 / 0", "ZeroDivisionError"),
     ],

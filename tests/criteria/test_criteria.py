@@ -161,3 +161,20 @@ def test_scores_must_fit_the_graph(graph):
         pl.Scores(graph, {"0": torch.ones(3)}, "test")
     with pytest.raises(pl.PlanError, match="no number"):
         pl.Scores(graph, {"0": torch.tensor([1.0, float("nan"), 1, 1])}, "test")
+
+
+def test_a_criterion_of_ones_own_is_known_by_its_name(small):
+    model, x = small
+
+    class Mine(pl.criteria.Criterion, name="mine"):
+        def __call__(self, graph, batches=None):
+            return pl.Scores(graph, {group.name: torch.arange(float(group.size)) for group in graph.groups}, str(self))
+
+    try:
+        scores = pl.criteria.get("mine")(pl.trace(model, x))
+        assert scores.criterion == "mine" and "mine" in pl.criteria.names()
+        assert pl.plan(scores, ratio=0.5).removed == {"0": (0, 1, 2, 3)}
+        with pytest.raises(pl.OptionError, match="There is a criterion 'obd' already, prunelab.criteria.obd.OBD"):
+            type("Other", (pl.criteria.Criterion,), {}, name="obd")
+    finally:
+        del pl.criteria.CRITERIA["mine"]

@@ -359,7 +359,11 @@ def test_a_model_without_groups_has_no_scores():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"curvature": "fisher"}, "ggn, mc"), ({"samples": 0}, "samples=0"), ({"temperature": 0}, "temperature=0")]
+    [
+        ({"curvature": "fisher"}, "empirical, mc, ggn, hessian"),
+        ({"samples": 0}, "samples=0"),
+        ({"temperature": 0}, "temperature=0"),
+    ]
     + [({"temperature": 2.0, "curvature": "hessian"}, "1 for curvature='hessian'")],
 )
 def test_bad_options_are_errors(options, message):

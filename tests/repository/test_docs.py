@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
+import inspect
+import itertools
 import json
 import os
 import re
@@ -68,6 +71,25 @@ def test_every_public_name_is_in_the_reference(module):
         if not inside and id(value) not in objects and name != "CRITERIA":
             missing.append(name)
     assert not missing
+
+
+FUNCTIONS = [name for name in pl.__all__ if inspect.isfunction(getattr(pl, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_says_what_it_takes_returns_and_raises_and_shows_it(name):
+    function = getattr(pl, name)
+    lines = inspect.cleandoc(function.__doc__).splitlines()
+    starts = [number for number, line in enumerate(lines) if line and not line.startswith(" ")]
+    parts = {lines[a]: lines[a + 1 : b] for a, b in itertools.pairwise([*starts, len(lines)])}
+    described = [line.split(":")[0].strip() for line in parts["Args:"] if re.match(r"    \w+:", line)]
+    assert described == list(inspect.signature(function).parameters)
+    raised = [line.split(":")[0].strip() for line in parts["Raises:"] if re.match(r"    \w+:", line)]
+    assert raised and all(issubclass(getattr(pl, error, pl.PruneLabError), pl.PruneLabError) for error in raised)
+    assert "Returns:" in parts or inspect.signature(function).return_annotation == "None"
+    examples = doctest.DocTestParser().get_examples(function.__doc__)
+    assert any(example.want for example in examples), "an example that could fail"
+    assert not any(example.options for example in examples), "an example that is skipped proves nothing"
 
 
 def test_modules_that_are_documented_whole_are_in_the_reference():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from decimal import Decimal
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ import torch
 from torch import nn
 
 import prunelab as pl
+from prunelab.criteria.base import NORMALIZERS, REDUCTIONS, Normalizer, Reduction
+from prunelab.planning.options import Options, PlanOptions
+from prunelab.pruning.schedule import SCHEDULES, ScheduleName
 
 INPUTS = torch.ones(1, 3, 32, 32)
 
@@ -19,6 +25,28 @@ INPUTS = torch.ones(1, 3, 32, 32)
 def scores() -> pl.Scores:
     torch.manual_seed(0)
     return pl.criteria.Random()(pl.trace(pl.zoo.build("resnet20"), INPUTS))
+
+
+def test_prune_passes_on_every_keyword_of_plan_but_the_budget():
+    budgets = {"flops", "params", "bytes", "latency", "ratio"}
+    known = inspect.signature(pl.plan).parameters.keys() - {"scores"} - budgets
+    assert known == PlanOptions.__annotations__.keys() == PlanOptions.__optional_keys__
+    assert known == {field.name for field in fields(Options)} - {"since"}
+    assert budgets <= inspect.signature(pl.prune).parameters.keys() and known.isdisjoint(
+        inspect.signature(pl.prune).parameters
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "table"), [(Reduction, REDUCTIONS), (Normalizer, NORMALIZERS), (ScheduleName, SCHEDULES)]
+)
+def test_a_table_has_an_entry_for_every_word_that_its_type_allows(words, table):
+    assert tuple(table) == get_args(words)
+
+
+def test_obd_says_all_that_its_fisher_may_be():
+    with pytest.raises(pl.OptionError, match="fisher='exact' is not one of empirical, mc, ggn, hessian"):
+        pl.criteria.OBD(fisher="exact")
 
 
 HOSTILE = (-0.5, 1.5, 2, 10**400, "half", "0.5", b"1", float("nan"), float("inf"), -float("inf"), True, False)

@@ -110,7 +110,7 @@ def test_archives_of_imagenet_are_unpacked_by_torchvision(own, tmp_path, monkeyp
         asked.append(split)
         (own / split).rename(root / split)
 
-    monkeypatch.setattr(files, "TorchvisionImageNet", unpack)
+    monkeypatch.setattr("torchvision.datasets.ImageNet", unpack)
     assert pl.data.imagenet(root).classes == 2 and asked == ["train", "val"]
     assert len(pl.data.imagenet(root).test) == 6 and asked == ["train", "val"]  # unpacked once
 

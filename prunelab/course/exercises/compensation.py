@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _summed(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
 
 def refit(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, C, kept)``: the weights of the inputs that stay, after the least-squares refit."""
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "these are the old weights; add what the refit changes": lambda W, C, kept: W[:, kept],
         "this is the change alone; add it to the weights that stay": _update,
         "the change has the wrong sign: what was lost has to be added": lambda W, C, kept: (
@@ -79,7 +80,7 @@ def new_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Ve
             torch.tensor([False, True]),
         ),
     ]
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "this is what was lost on the average; add it to the old bias": lambda W, b, m, kept: W[:, ~kept] @ m[~kept],
         "the sign is wrong: what was lost has to be added": lambda W, b, m, kept: b - W[:, ~kept] @ m[~kept],
         "this adds what the kept inputs give, which the layer still computes; add what the removed ones gave": (
@@ -107,7 +108,7 @@ def unrestored(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
         lost = W[:, ~kept]
         return (lost @ C[~kept][:, ~kept] * lost).sum() - (_update(W, C, kept) @ C[kept][:, ~kept] * lost).sum()
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "this is the error without a refit; subtract what the kept inputs can predict": lambda W, C, kept: (
             W[:, ~kept] @ C[~kept][:, ~kept] * W[:, ~kept]
         ).sum(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def kfe_scores(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
         rotated = q_s @ W @ q_a.mT if back else q_s.mT @ W @ q_a
         return 0.5 * rotated**2 * torch.outer(s, a) ** power
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "the factor ½ of the quadratic model is missing": lambda W, A, S: 2 * scores(W, A, S),
         "it rotates the other way: eigenvectors are the columns of Q, so W* = Q_Sᵀ W Q_A": (
             lambda W, A, S: scores(W, A, S, back=True)
@@ -69,7 +70,7 @@ def damage_of(function: Callable[[Tensor, list[int], list[int]], float]) -> Verd
     def others(chosen: list[int], size: int) -> list[int]:
         return [place for place in range(size) if place not in chosen]
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "that is what stays; the damage is the rest": kept,
         "entries outside both the rows and the columns are counted twice": (
             lambda scores, rows, columns: (
@@ -102,7 +103,7 @@ def largest_rank(function: Callable[[int, int], int]) -> Verdict:
     def right(channels: int, K: int) -> int:
         return largest(channels, K, lambda r: 2 * channels * r + r * r * K < channels**2 * K)
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "it leaves the rotations out, which cost channels × rank each": lambda channels, K: channels - 1,
         "it counts one rotation; there is one on each side": (
             lambda channels, K: largest(channels, K, lambda r: channels * r + r * r * K < channels**2 * K)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from prunelab.course.exercises.verdict import Verdict, compare
 
 def coverage_of(function: Callable[[int, int, int, int], Tensor]) -> Verdict:
     """Check ``function(size, kernel, stride, padding)``: how many patches see each pixel, ``[size]``."""
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "pixels at the edge are seen by fewer patches than those in the middle": (
             lambda size, kernel, stride, padding: torch.full((size,), float(kernel))
         ),
@@ -83,7 +84,7 @@ def kronecker_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
         middle = a.mean((0, 1))
         return right(a - middle, g)
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "the factors are in the wrong order: with the weight written row by row, S comes first": (
             lambda a, g: torch.kron(factors(a, g)[1], factors(a, g)[0])
         ),
@@ -129,7 +130,7 @@ def kron_obs_score(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verd
     def right(W: Tensor, A: Tensor, S: Tensor) -> Tensor:
         return 0.5 * gram(W, A) / torch.linalg.inv(S).diagonal()
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "the factor ½ of the quadratic model is missing": lambda W, A, S: 2 * right(W, A, S),
         "that is kron_obd, S_ii in place of 1/[S⁻¹]_ii: it leaves the other channels where they are": (
             lambda W, A, S: 0.5 * S.diagonal() * gram(W, A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def theta_h_theta(function: Callable[[Loss, Tensor], Tensor]) -> Verdict:
     def right(loss: Loss, theta: Tensor) -> Tensor:
         return theta * (hessian(loss, theta) @ theta)
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "that is Hθ; multiply by θ once more, entry by entry": lambda loss, theta: hessian(loss, theta) @ theta,
         "θ was not held fixed in gᵀθ: its derivative then has the gradient in it, g + Hθ (detach one of the two)": (
             lambda loss, theta: theta * (slope(loss, theta) + hessian(loss, theta) @ theta)
@@ -79,7 +80,7 @@ def unit_alone(function: Callable[[Tensor, Tensor, Tensor, list[int]], float]) -
     def row(H: Tensor, g: Tensor, theta: Tensor, unit: list[int]) -> float:
         return float((theta * (H @ theta))[unit].sum())
 
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "the factor ½ is missing": lambda *given: sum(terms(*given)),
         "δ is −θ, so the first-order term counts with a minus": lambda *given: right(*given) - 2 * terms(*given)[0],
         "the first-order term is missing": lambda *given: terms(*given)[1] / 2,

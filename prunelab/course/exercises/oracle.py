@@ -27,7 +27,7 @@ def rank_correlation(function: Callable[[Tensor, Tensor], float]) -> Verdict:
         (torch.tensor([0.3, -2.0, 0.9, 5.0, 0.1]), torch.tensor([4.0, 1.0, 30.0, 2.0, 3.0])),
         (torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.2, 0.9, 0.1])),
     ]
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "it correlates the values themselves, and one large value decides; replace them by their ranks": _correlation,
         "argsort gives the unit at each rank, not the rank of each unit; sort a second time": (
             lambda first, second: _correlation(first.argsort(), second.argsort())
@@ -59,7 +59,7 @@ def gate_score(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
         (torch.tensor([0.2, -0.4, 0.0]), torch.tensor([1.0, 0.5, 2.0])),
         (torch.tensor([-1.0, 3.0]), torch.tensor([0.1, 0.3])),
     ]
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "the gate goes from one to zero, a step of −1: the gradient counts with a minus": lambda g, h: g + h / 2,
         "the second term of a Taylor series has a factor ½": lambda g, h: h - g,
         "the first term is missing; it is what makes the gate so good for single units": lambda g, h: h / 2,
@@ -99,7 +99,7 @@ def greedy_order(function: Callable[[Tensor, Tensor, int], Tensor]) -> Verdict:
             3,
         ),
     ]
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "these are the lowest scores, as if each unit went alone; add what it costs on top of those that are gone": (
             lambda scores, matrix, number: scores.argsort()[:number]
         ),

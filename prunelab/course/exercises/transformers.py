@@ -18,7 +18,7 @@ def _rows(head: int, heads: int, d: int) -> Tensor:
 
 def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     """Check ``function(head, heads, d)``: the rows of a head in a fused projection, ``[3 d]`` in ascending order."""
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "these are 3·d neighbouring rows, as if all of a head stood together; the parts come first": (
             lambda head, heads, d: head * 3 * d + torch.arange(3 * d)
         ),
@@ -48,7 +48,7 @@ def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
 
 def query_factor(function: Callable[[int, int], float]) -> Verdict:
     """Check ``function(old, new)``: what the query rows that stay are multiplied by when heads become narrower."""
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "it is turned round: the code divides by a smaller root than before, so the queries have to shrink": (
             lambda old, new: (old / new) ** 0.5
         ),
@@ -76,7 +76,7 @@ def _flops(tokens: int, width: int, heads: int, d: int) -> int:
 
 def attention_flops(function: Callable[[int, int, int, int], float]) -> Verdict:
     """Check ``function(tokens, width, heads, d)``: FLOPs of the four matrix products of attention, for one image."""
-    mistakes: dict[str, Callable] = {
+    mistakes: dict[str, Callable[..., Any]] = {
         "a multiply-add counts as two FLOPs": lambda t, w, h, d: _flops(t, w, h, d) / 2,
         "the products between tokens are missing, queries times keys and weights times values": (
             lambda t, w, h, d: 8 * t * w * h * d

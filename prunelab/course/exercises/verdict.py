@@ -37,7 +37,7 @@ class Verdict:
         return f"<p><b>{head}:</b> {html.escape(self.message)}</p>"
 
 
-def answer_of(function: Callable, *arguments: Any) -> tuple[Any, Verdict | None]:
+def answer_of(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Verdict | None]:
     """Return what the reader's function gives, or the verdict that it gives nothing."""
     call = f"{function.__name__}({', '.join(shown(argument) for argument in arguments)})"
     try:
@@ -50,10 +50,10 @@ def answer_of(function: Callable, *arguments: Any) -> tuple[Any, Verdict | None]
 
 
 def compare(
-    function: Callable,
-    cases: Sequence[tuple],
-    truth: Callable,
-    mistakes: Mapping[str, Callable],
+    function: Callable[..., Any],
+    cases: Sequence[tuple[Any, ...]],
+    truth: Callable[..., Any],
+    mistakes: Mapping[str, Callable[..., Any]],
     *,
     praise: str,
     hint: str,
@@ -72,7 +72,7 @@ def compare(
         rtol: how far an answer may be off, relative to the largest entry of the right one.
     """
 
-    def copied(case: tuple) -> tuple:
+    def copied(case: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(part.clone() if isinstance(part, Tensor) else part for part in case)
 
     def close(answer: Any, right: Any) -> bool:

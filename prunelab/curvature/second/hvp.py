@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunelab.batches import Batch, Batches, Loss
 from prunelab.curvature.second.double_backward import twice_differentiable
 from prunelab.curvature.second.dual import along
-from prunelab.curvature.second.vjp import PARTS, check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import PARTS, HessianPart, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import PruneLabError
 from prunelab.options import whole
@@ -100,7 +100,7 @@ def product(
     vectors: Vectors,
     loss: Loss = F.cross_entropy,
     *,
-    part: str = "exact",
+    part: HessianPart = "exact",
     chunk: int = 1,
 ) -> dict[str, Tensor]:
     """Return the product with one of ``PARTS``; see ``hessian_product``.
@@ -137,7 +137,7 @@ def product(
 
 
 def self_product(
-    model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy, *, part: str = "exact"
+    model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy, *, part: HessianPart = "exact"
 ) -> dict[str, Tensor]:
     """Return ``Hθ``, for all parameters of the model; see ``hessian_product``.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.curvature.second.double_backward import CONVOLUTIONS, Rewrite, twice_differentiable
-from prunelab.curvature.second.vjp import check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import HessianPart, check_finite, check_part, leaves, pieces, pulled, slopes
 from prunelab.errors import PruneLabError
 from prunelab.runtime.isolation import evaluating, replaced
 from prunelab.runtime.switches import undisturbed
@@ -33,7 +33,7 @@ def pair_matrix(
     names: Sequence[str],
     loss: Loss = F.cross_entropy,
     *,
-    part: str = "exact",
+    part: HessianPart = "exact",
 ) -> Tensor:
     """Return ``[n, n]`` with ``θ_iᵀ H_ij θ_j`` for every pair of the named parameters, in eval mode.
 

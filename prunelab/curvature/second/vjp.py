@@ -6,7 +6,7 @@ Flows in: a model, batches and a loss.  Flows out: sums of derivatives over the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from prunelab.batches.mean_check import check_apart, check_mean, check_own
 from prunelab.batches.trees import tree_flatten, tree_unflatten
 from prunelab.errors import BatchError, OptionError
 
-PARTS = ("exact", "functional", "gauss_newton")
+HessianPart = Literal["exact", "functional", "gauss_newton"]
+PARTS: tuple[HessianPart, ...] = get_args(HessianPart)
 """H, and the two parts that it is the sum of."""
 
 
@@ -47,7 +48,7 @@ def check_finite(names: Any, values: list[Tensor], number: int) -> None:
 
 
 def pieces(
-    model: nn.Module, batches: Batches | None, what: str, loss: Loss, part: str = "exact"
+    model: nn.Module, batches: Batches | None, what: str, loss: Loss, part: HessianPart = "exact"
 ) -> Iterator[tuple[int, Batch]]:
     """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
 

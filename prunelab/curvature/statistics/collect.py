@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.curvature.fisher import check_fisher
+from prunelab.curvature.fisher import Fisher, check_fisher
 from prunelab.curvature.statistics.accumulators import ACCUMULATORS
-from prunelab.curvature.statistics.factor_sums import FACTORS
+from prunelab.curvature.statistics.factor_sums import FACTORS, Factor
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.curvature.statistics.one_pass import model_of, one_pass, readable_again
 from prunelab.curvature.statistics.statistics import Statistics
@@ -33,10 +33,10 @@ def collect(
     batches: Batches | None,
     what: Collection[str] = ("grad", "moments", "kronecker"),
     *,
-    fisher: str = "empirical",
+    fisher: Fisher = "empirical",
     loss: Loss = F.cross_entropy,
     seed: int = 0,
-    factor: str = "channel",
+    factor: Factor = "channel",
     basis: Statistics | None = None,
     first: int = 0,
 ) -> Statistics:
@@ -106,10 +106,10 @@ def statistics_for(
     batches: Batches | Statistics | None,
     what: Collection[str],
     *,
-    fisher: str = "empirical",
+    fisher: Fisher = "empirical",
     loss: Loss = F.cross_entropy,
     seed: int = 0,
-    factor: str = "channel",
+    factor: Factor = "channel",
 ) -> Statistics:
     """Return the given statistics if they hold what is needed, else collect it from the given batches.
 

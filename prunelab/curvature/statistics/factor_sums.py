@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from prunelab.curvature.watching.layer_calls import LayerCall
 from prunelab.curvature.watching.patches import coverage, patches
 from prunelab.curvature.watching.samples import Layout
 
-FACTORS = ("channel", "full")
+Factor = Literal["channel", "full"]
+FACTORS: tuple[Factor, ...] = get_args(Factor)
 
 
 def key(call: LayerCall, weight: Tensor) -> str:

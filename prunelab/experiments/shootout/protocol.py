@@ -22,7 +22,9 @@ from prunelab.criteria import Scores
 from prunelab.experiments.shootout.meter import Meter
 from prunelab.experiments.shootout.settings import Settings
 from prunelab.factorization.factorize import factorize
-from prunelab.planning.choose import Options, choose
+from prunelab.options import one_of
+from prunelab.planning.choose import choose
+from prunelab.planning.options import COSTS, PERS, Options
 from prunelab.pruning.seeds import seeded
 from prunelab.sparsity.masks import bake
 from prunelab.sparsity.sparsify import sparsify
@@ -32,7 +34,6 @@ from prunelab.training import evaluate, fit
 
 KEPT_IN_MEMORY = 5000
 """Scoring images up to which batches are kept instead of being read again."""
-COSTS = ("flops", "params", "bytes")
 
 
 class Run:
@@ -109,7 +110,8 @@ class Run:
                 budget: dict[str, Any] = {settings.budget: share / now, "per": settings.per or "auto"}
                 self.model = factorize(self.model, scores, **budget)
             else:
-                options = Options(settings.scope, settings.max_ratio, per=settings.per or "unit", since=self.sizes)
+                per = one_of("per", settings.per or "unit", PERS)
+                options = Options(settings.scope, settings.max_ratio, per=per, since=self.sizes)
                 self.removed = choose(scores, settings.budget, share / now, options)
                 self._kept_time *= self.removed.budget["kept"].get("latency", 1.0)
                 refit = _compensation(self.batches) if settings.compensate else None

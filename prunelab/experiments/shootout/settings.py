@@ -16,10 +16,15 @@ import torch
 from prunelab import criteria
 from prunelab.course.notebook.parameters import Between, Expected
 from prunelab.errors import PruneLabError
+from prunelab.factorization.factorize import RANK_PERS
+from prunelab.planning import pools
+from prunelab.planning.options import PERS
+from prunelab.planning.pools import Scope
 from prunelab.pruning.schedule import SCHEDULES, shares
+from prunelab.sparsity.sparsify import WEIGHT_SCOPES
 from prunelab.training import default_device
-from prunelab.training.loop import PRECISIONS
-from prunelab.training.recipes import DECAYS, OPTIMIZERS, Recipe
+from prunelab.training.loop import PRECISIONS, Precision
+from prunelab.training.recipes import DECAYS, OPTIMIZERS, Decay, Optimizer, Recipe
 
 METHODS: dict[str, tuple[str, ...]] = {
     "channels": ("flops", "params", "bytes", "latency"),
@@ -27,10 +32,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "weights": ("density",),
 }
 """What is removed, and the budgets that it knows."""
-SCOPES = {"channels": ("global", "layer", "isomorphic"), "factorize": ("global",), "weights": ("global", "layer")}
+SCOPES = {"channels": pools.SCOPES, "factorize": ("global",), "weights": WEIGHT_SCOPES}
 PER = {
-    "channels": ("unit", "flops", "params", "bytes"),
-    "factorize": ("auto", "flops", "params", "unit"),
+    "channels": PERS,
+    "factorize": RANK_PERS,
     "weights": (),
 }
 
@@ -41,10 +46,10 @@ KINDS: dict[str, Expected] = {
     "method": list(METHODS),
     "criterion": list(criteria.names()),
     "options": str,
-    "scope": ["global", "layer", "isomorphic"],
+    "scope": list(pools.SCOPES),
     "budget": ["flops", "params", "bytes", "latency", "density"],
     "share": Between(0.001, 0.999),
-    "per": ["", "unit", "flops", "params", "bytes", "auto"],
+    "per": ["", *PERS, "auto"],
     "max_ratio": Between(0.01, 1.0),
     "steps": Between(1, 1000),
     "schedule": str,
@@ -84,7 +89,7 @@ class Settings:
     method: str
     criterion: str
     options: str
-    scope: str
+    scope: Scope
     budget: str
     share: float
     per: str
@@ -96,17 +101,17 @@ class Settings:
     scoring: int
     epochs: float
     images: int
-    optimizer: str
+    optimizer: Optimizer
     learning_rate: float
     weight_decay: float
-    decay: str
+    decay: Decay
     batch_size: int
     test_images: int
     evaluate_every: int
     latency_images: int
     seed: int
     device: str
-    precision: str
+    precision: Precision
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> Settings:

@@ -77,6 +77,17 @@ def sweep(
     Raises:
         GridError: a parameter is misspelt or of the wrong kind, or there is no job; nothing was started.
         PruneLabError: the folder is another sweep's or in use, or the scheduler cannot be reached or is gone.
+
+    >>> import tempfile, nbformat.v4 as nb
+    >>> kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    >>> cell = nb.new_code_cell("lr = 0.1", metadata={"tags": ["parameters"]})
+    >>> notebook = nb.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    >>> with tempfile.TemporaryDirectory() as folder:  # a grid is checked before anything runs
+    ...     path = Path(folder) / "train.ipynb"
+    ...     _ = path.write_text(nb.writes(notebook))
+    ...     sweep(path, {"learning_rate": [0.1, 0.2]}, Path(folder) / "out")
+    Traceback (most recent call last):
+    prunelab.experiments.sweeping.grid.GridError: grid: `grid.learning_rate` is unknown. There are lr.
     """
     made = _made(notebook, grid, parameters, limits)
     folder = Path("out") / made.name if out is None else Path(out)

@@ -53,13 +53,13 @@ def _parameters(model: nn.Module) -> list[str]:
     return [parameter.name for parameter in found if parameter.kind in kinds]
 
 
-def _name(path: tuple, names: list[str]) -> str:
+def _name(path: tuple[Any, ...], names: list[str]) -> str:
     if isinstance(path[1], MappingKey):
         return path[1].key
     return names[path[1].idx] if path[1].idx < len(names) else f"input_{path[1].idx}"
 
 
-def _order(path: tuple, names: list[str]) -> int:
+def _order(path: tuple[Any, ...], names: list[str]) -> int:
     if not isinstance(path[1], MappingKey):
         return path[1].idx
     return names.index(path[1].key) if path[1].key in names else len(names)

@@ -56,7 +56,7 @@ class Row:
     """
 
     func: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shapes: dict[int, tuple[int, ...]]
     lies: dict[int, int]
@@ -84,8 +84,8 @@ class Tape:
     """
 
     rows: list[Row]
-    inputs: dict[tuple, Any]
-    types: dict[tuple, torch.dtype]
+    inputs: dict[tuple[Any, ...], Any]
+    types: dict[tuple[Any, ...], torch.dtype]
     result: list[Any]
     spec: TreeSpec
     constants: list[Tensor]
@@ -141,7 +141,7 @@ def record(model: nn.Module, inputs: Any, dtype: torch.dtype | None = None) -> T
     )
 
 
-def _run(copy: nn.Module, args: tuple, kwargs: dict, mode: Any, recording: _Recording) -> Any:
+def _run(copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any, recording: _Recording) -> Any:
     try:
         with without_data(), mode, recording, _Functions(recording):
             return copy(*args, **kwargs)
@@ -170,12 +170,12 @@ def _retyped(copy: nn.Module, inputs: Any, dtype: torch.dtype) -> Any:
 class _Recording(TorchDispatchMode):
     """Writes down every call; tensors are known by their identity, so all of them are kept."""
 
-    def __init__(self, model: nn.Module, inputs: list[tuple[tuple, Any]], known: Known) -> None:
+    def __init__(self, model: nn.Module, inputs: list[tuple[tuple[Any, ...], Any]], known: Known) -> None:
         super().__init__()
         self.model, self.known = model, known
         self.rows: list[Row] = []
         self.constants: list[Tensor] = []
-        self.inputs: dict[tuple, Any] = dict(inputs)
+        self.inputs: dict[tuple[Any, ...], Any] = dict(inputs)
         self.keep: list[Tensor] = []
         self.functions: list[Any] = []
         self.paused = False
@@ -205,7 +205,9 @@ class _Recording(TorchDispatchMode):
                 raise PlanError(f"no operator that PyTorch shows makes its tensor of shape {tuple(value.shape)}")
         return self._refs[id(value)]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         strides = args[0].stride() if args and isinstance(args[0], Tensor) else ()
         given = tensors_in([*args, *kwargs.values()])
@@ -229,7 +231,9 @@ class _Recording(TorchDispatchMode):
             if ref is not None and ref.kind == "tensor" and tensor.is_floating_point():
                 raise PlanError(f"its code looks at the value of `{ref.key}`, which a graph would keep for ever")
 
-    def write(self, func: Any, args: tuple, kwargs: dict, out: Any, strides: tuple[int, ...] = ()) -> None:
+    def write(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, strides: tuple[int, ...] = ()
+    ) -> None:
         """Add a row, if the call returned tensors."""
         results = (
             {-1: out} if isinstance(out, Tensor) else dict(enumerate(out)) if isinstance(out, (list, tuple)) else {}
@@ -255,7 +259,9 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.recording = recording
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.recording.functions.append(func)
@@ -272,7 +278,7 @@ class _Functions(TorchFunctionMode):
         return same
 
 
-def _written(func: Any, args: tuple, kwargs: dict) -> frozenset[int]:
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
     """Return the storages that a call writes to."""
     if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
         return frozenset()
@@ -286,5 +292,5 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _place(tensor: Tensor) -> tuple:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def input_moments(
     """
     parameters = dict(model.named_parameters())
     sums: dict[str, Tensor] = {}
-    meta: dict[str, dict] = {}
+    meta: dict[str, dict[str, Any]] = {}
     number = -1
 
     def add_sum(seen: LayerCall) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from prunelab.batches import Batches
 from prunelab.curvature.statistics.collect import Statistics
 from prunelab.curvature.statistics.input_moments import MEMORY
 from prunelab.errors import OptionError
 from prunelab.options import flag, one_of, real, whole
+
+Side = Literal["consumers", "producers"]
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class Compensation:
     """
 
     source: Statistics | Batches | None = None
-    side: Literal["consumers", "producers"] = "consumers"
+    side: Side = "consumers"
     sequential: bool | None = None
     damping: float | None = None
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        one_of("side", self.side, ("consumers", "producers"))
+        one_of("side", self.side, SIDES)
         set_option = partial(object.__setattr__, self)  # the dataclass is frozen
         if self.sequential is not None and flag("sequential", self.sequential) and self.side == "producers":
             raise OptionError("sequential=True refits consumers: leave side at 'consumers'.")
