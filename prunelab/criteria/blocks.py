@@ -21,7 +21,6 @@ from prunelab.criteria.unknown import with_unknown
 from prunelab.curvature.fisher import FISHERS, Curvature, Fisher
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
 from prunelab.curvature.statistics.kronecker import Factors
-from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError
 from prunelab.options import one_of, real
 from prunelab.tracing.groups import Group, Member
@@ -33,7 +32,8 @@ class Block:
     """A weight with its factors, seen from the side on which a group's units lie, per group g of a convolution.
 
     Attributes:
-        values: the weight, ``[g, n, in, K]``: n rows, of which units own some; K kernel positions.
+        values: the weight, ``[g, n, in, K]``: n rows, of which units own some; K kernel positions.  With factors of
+            patches ``in`` (or n, if flipped) counts these positions too, and K is 1.
         S: factor of the rows, ``[g, n, n]``.
         A: factor of the columns, ``[g, in, in]``.
         unit: int64 ``[g, n]``, which unit owns a row, or -1.
@@ -79,19 +79,18 @@ def block(factors: Factors, member: Member, weight: Tensor) -> Block | None:
         member: one of its dimensions.
         weight: the weight itself.
     """
-    rows, columns = (1, 0) if factors.kind in IN_FIRST else (0, 1)
-    if member.dim not in (rows, columns):
+    view, flipped = factors.view, member.dim == factors.view.in_dim
+    if member.dim not in (view.in_dim, view.out_dim):
         return None
-    unit = member.unit.to(weight.device)
-    unit = unit[factors.rows] if member.dim == 0 else unit
+    unit = view.rows_of(member.unit.to(weight.device), member.dim, factors.rows)
     values, left, right = factors.matrices(weight.detach().to(factors.A)), factors.S, factors.A
-    if factors.groups == 1:
+    if view.groups == 1:
         values, left, right = values[None], left[None], right[None]
-    values = values.flatten(3) if values.dim() > 3 else values[..., None]
-    if member.dim == columns:
+    values = values.reshape(*values.shape[:3], -1)
+    if flipped:
         values, left, right = values.transpose(1, 2), right, left
-    unit = unit.view(factors.groups, -1) if member.dim == 0 else unit.expand(factors.groups, -1)
-    return Block(values, left, right, unit, factors, member.dim == columns)
+    unit = unit.repeat_interleave(values.shape[1] // unit.shape[1], 1)
+    return Block(values, left, right, unit, factors, flipped)
 
 
 @dataclass

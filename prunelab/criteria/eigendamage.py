@@ -142,7 +142,7 @@ class EigenDamage(KroneckerCriterion, name="eigendamage"):
         """Return the scores of the directions of one weight."""
         rotated = factors.rotate(factors.matrices(weight.detach().to(factors.A)))
         importance = 0.5 * rotated**2 * self.spectrum(factors, rotated)
-        places = importance.dim() - (2 if factors.groups == 1 else 3)
+        places = importance.dim() - (2 if factors.view.groups == 1 else 3)
         summed = importance.flatten(-places).sum(-1) if places else importance
         basis = factors.eigen()
         return LayerScores(factors.weight, summed.cpu(), basis.Q_S.cpu(), basis.Q_A.cpu())
@@ -163,9 +163,9 @@ class EigenDamage(KroneckerCriterion, name="eigendamage"):
         basis, factors = part.factors.eigen(), part.factors
         left, right = (basis.Q_A, basis.Q_S) if part.flipped else (basis.Q_S, basis.Q_A)
         spectrum = self.spectrum(factors, part.values)
-        if factors.groups == 1:
+        if factors.view.groups == 1:
             left, right, spectrum = left[None], right[None], spectrum[None]
-        spectrum = spectrum.flatten(3) if spectrum.dim() > 3 else spectrum[..., None]
+        spectrum = spectrum.reshape(*spectrum.shape[:3], -1)
         spectrum = spectrum.transpose(1, 2) if part.flipped else spectrum
         half = torch.einsum("gnik,gij->gnjk", part.values, right)
         scores = part.values.new_zeros(size)

@@ -30,12 +30,11 @@ from prunelab.curvature.fisher import CURVATURES, Curvature
 from prunelab.curvature.statistics.collect import Statistics, statistics_for
 from prunelab.curvature.statistics.factor_sums import FACTORS, Factor
 from prunelab.curvature.statistics.kronecker import Factors
-from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError, OptionError
 from prunelab.options import one_of
 from prunelab.sparsity.masks import bake, mask_of, parameters_of
 from prunelab.sparsity.surgeon import damped, damped_inverse, joint_saliency, saliency
-from prunelab.tracing.groups import Group, Member
+from prunelab.tracing.groups import Group
 from prunelab.tracing.trace import DependencyGraph
 
 __all__ = ["OBS", "prune_weights"]
@@ -166,10 +165,6 @@ class OBS(KroneckerCriterion, name="obs"):
         reduced = REDUCTIONS[self.group_reduction](torch.stack(rows), [member.role for member in counted])
         return NORMALIZERS[self.normalizer](reduced)
 
-    def member(self, factors: Factors, member: Member, weight: Tensor, size: int) -> Tensor | None:
-        """Return ``[size]``: what every unit costs on one layer."""
-        return self.score(_block(factors, member, weight), size)
-
     def score(self, part: Block, size: int) -> Tensor:
         """Return ``[size]``: ``½ tr(([S⁻¹]_RR)⁻¹ W_R A W_Rᵀ)`` for the rows R of every unit."""
         inverse = self._inverse(part.S, part.factors)
@@ -197,23 +192,6 @@ class OBS(KroneckerCriterion, name="obs"):
             costs = [joint_saliency(weights, inverse, index) for index in _indices(group, places)]
             scores[group.name] = NORMALIZERS[self.normalizer](torch.stack(costs).float().cpu())
         return scores
-
-
-def _block(factors: Factors, member: Member, weight: Tensor) -> Block:
-    """Return a weight as rows that the units of ``member`` own; like ``blocks.block``, also for factors of patches."""
-    owner = member.unit.to(weight.device).view(-1, *(1 for _ in weight.shape[member.dim + 1 :])).expand(weight.shape)
-    values, unit = (_grouped(factors, tensor) for tensor in (weight.detach(), owner))
-    S, A = (factor if factors.groups > 1 else factor[None] for factor in (factors.S, factors.A))
-    if (member.dim == 0) == (factors.kind in IN_FIRST):
-        return Block(values.transpose(1, 2), A, S, unit[:, 0, :, 0], factors, True)
-    return Block(values, S, A, unit[:, :, 0, 0], factors, False)
-
-
-def _grouped(factors: Factors, tensor: Tensor) -> Tensor:
-    """Return ``[groups, out / groups, in / groups, K]``; for factors of patches ``in · K`` and 1 at the end."""
-    matrices = factors.matrices(tensor)
-    matrices = matrices if factors.groups > 1 else matrices[None]
-    return matrices.flatten(3) if matrices.dim() > 3 else matrices[..., None]
 
 
 def _indices(group: Group, places: dict[str, Tensor]) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize, skip_init
 
+from prunelab.curvature.watching.weight_view import WeightView
 from prunelab.surgery.layers import FreeMultiheadAttention
 
 CONVOLUTIONS: tuple[type[_ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -71,14 +72,14 @@ class Parts:
         inward: V, ``[groups, r_in, in]``, or ``None``.
         outward: U, ``[groups, out, r_out]``, or ``None``.
         bias: ``[groups · out]`` or ``None``.
-        transposed: whether the layer is a transposed convolution.
+        view: how the weight of the core, and of the whole layer, is laid out.
     """
 
     core: Tensor
     inward: Tensor | None
     outward: Tensor | None
     bias: Tensor | None
-    transposed: bool = False
+    view: WeightView
 
     def merged(self) -> Tensor:
         """Return ``U C V`` in the shape of the weight of the whole layer."""
@@ -87,7 +88,7 @@ class Parts:
             core = torch.einsum("gab...,gbi->gai...", core, self.inward)
         if self.outward is not None:
             core = torch.einsum("goa,gai...->goi...", self.outward, core)
-        return join(core, self.transposed)
+        return self.view.from_matrix(core)
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Parts:
         """Return the parts after a change of basis of the core: ``C → LᵀCR``, ``U → U L``, ``V → Rᵀ V``.
@@ -111,18 +112,7 @@ class Parts:
         if left is not None:
             core = torch.einsum("gac,gab...->gcb...", left, core)
             outward = left if outward is None else outward @ left
-        return Parts(core, inward, outward, self.bias, self.transposed)
-
-
-def split(weight: Tensor, groups: int, transposed: bool = False) -> Tensor:
-    """Return a weight as one matrix per group and kernel position, ``[groups, out / groups, in / groups, *kernel]``."""
-    grouped = weight.unflatten(0, (groups, -1))
-    return grouped.transpose(1, 2) if transposed else grouped
-
-
-def join(matrices: Tensor, transposed: bool = False) -> Tensor:
-    """Return the weight that ``split`` took apart."""
-    return (matrices.transpose(1, 2) if transposed else matrices).flatten(0, 1)
+        return Parts(core, inward, outward, self.bias, self.view)
 
 
 def parts_of(layer: nn.Module) -> Parts:
@@ -134,17 +124,17 @@ def parts_of(layer: nn.Module) -> Parts:
 
 
 def _parts(core: nn.Module, inward: nn.Module | None, outward: nn.Module | None, bias: Tensor | None) -> Parts:
+    weight: Tensor = core.weight  # type: ignore[assignment]
     groups: int = getattr(core, "groups", 1)
-    transposed = isinstance(core, _ConvTransposeNd)
+    view = WeightView(int(isinstance(core, _ConvTransposeNd)), groups, tuple(weight.shape[2:]))
 
     def channels(layer: nn.Module | None) -> Tensor | None:
         if layer is None:
             return None
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        return split(weight.flatten(1), groups)
+        return WeightView(groups=groups).as_matrix(weight.flatten(1))
 
-    weight: Tensor = core.weight  # type: ignore[assignment]
-    return Parts(split(weight, groups, transposed), channels(inward), channels(outward), bias, transposed)
+    return Parts(view.as_matrix(weight), channels(inward), channels(outward), bias, view)
 
 
 # ── building them ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,11 +191,10 @@ def shell(layer: nn.Module, inward: int | None, outward: int | None, trainable: 
 @torch.no_grad()
 def fill(made: Bottleneck, parts: Parts) -> Bottleneck:
     """Set the weights of a bottleneck."""
-    values = {"core": join(parts.core, parts.transposed), "inward": parts.inward, "outward": parts.outward}
+    values = {"core": parts.view.from_matrix(parts.core), "inward": parts.inward, "outward": parts.outward}
     for name, layer in made.named_children():
         value = values[name]
         assert value is not None
-        value = value if name == "core" else value.flatten(0, 1)
         weight: Tensor = layer.weight  # type: ignore[assignment]
         weight.copy_(value.reshape(weight.shape))
     if parts.bias is not None:

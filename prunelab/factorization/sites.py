@@ -167,7 +167,8 @@ class _Watch:
         groups, out, into = site.shape[:3]
         inner = given.numel() // (groups * (site.around[0] or into))
         outer = output.numel() // (groups * (site.around[1] or out))
-        self.add(name, inner, inner if parts_of(site.layer).transposed else outer, outer)
+        core, _ = parts_of(site.layer).view.ordered(outer, inner)  # its kernel slides over the other of the two
+        self.add(name, inner, core, outer)
 
     def before(self, found: LayerCall) -> None:
         site = self.sites.get(found.weight)

@@ -20,13 +20,13 @@ def direction(factors, side: str, group: int, index: int, weight: Tensor) -> Ten
     """Return the part of a weight along one eigenvector of one factor, like the weight."""
     basis = factors.eigen()
     vectors = basis.Q_S if side == "rows" else basis.Q_A
-    vector = (vectors[None] if factors.groups == 1 else vectors)[group, :, index]
+    vector = (vectors[None] if factors.view.groups == 1 else vectors)[group, :, index]
     matrices = factors.matrices(weight)
-    matrices = matrices[None] if factors.groups == 1 else matrices
+    matrices = matrices[None] if factors.view.groups == 1 else matrices
     part = torch.zeros_like(matrices)
     contraction = "o,p,pi...->oi..." if side == "rows" else "i,j,oj...->oi..."
     part[group] = torch.einsum(contraction, vector, vector, matrices[group])
-    return factors.like_weight(part[0] if factors.groups == 1 else part)
+    return factors.like_weight(part[0] if factors.view.groups == 1 else part)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,7 +35,7 @@ def test_rows_and_columns_are_the_quadratic_model_of_removing_a_direction(kind):
     fisher = dense(factors, weight)
     scores = pl.criteria.EigenDamage().layer(factors, weight)
     for side in ("rows", "columns"):
-        found = getattr(scores, side).reshape(factors.groups, -1)
+        found = getattr(scores, side).reshape(factors.view.groups, -1)
         for group, index in itertools.product(*map(range, found.shape)):
             change = direction(factors, side, group, index, weight).flatten()
             torch.testing.assert_close(found[group, index], 0.5 * change @ fisher @ change)

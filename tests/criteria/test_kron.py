@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab.criteria.blocks import block
 from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.watching.weight_view import WeightView
 from prunelab.tracing.axes import leaf
 from prunelab.tracing.groups import Member
 from tests.cases import Embedded
@@ -37,13 +38,13 @@ def factored(kind: str, shape: tuple[int, ...], groups: int = 1) -> tuple[Factor
     out, into = (shape[0] // groups, shape[1]) if kind != "conv_transpose" else (shape[1], shape[0] // groups)
     a, s = spd(groups, into, 1), spd(groups, out, 2)
     mean = torch.zeros(a.shape[:-1], dtype=a.dtype)
-    whole = slice(0, shape[0])
-    return Factors("w", whole, kind, a, s, mean, kernel=shape[2:], groups=groups), weight
+    view = WeightView(int(kind == "conv_transpose"), groups, shape[2:])
+    return Factors("w", slice(0, shape[0]), kind, view, a, s, mean), weight
 
 
 def dense(factors: Factors, weight: Tensor) -> Tensor:
     """Return the Fisher of the whole weight, entry by entry: S_oo' A_ii' for one group and kernel position, else 0."""
-    groups, kernel = factors.groups, weight.shape[2:]
+    groups, kernel = factors.view.groups, weight.shape[2:]
     s, a = (factor if groups > 1 else factor[None] for factor in (factors.S, factors.A))
 
     def place(index: tuple[int, ...]) -> tuple:
@@ -84,7 +85,7 @@ def members(factors: Factors, weight: Tensor) -> dict[str, tuple[Member, int]]:
         "two rows each": (member("w", dim, "produces", torch.arange(rows) % 2), 2),
         "some rows": (member("w", dim, "produces", torch.tensor([-1, 1, 0, 1])[:rows]), 2),
     }
-    if factors.groups == 1:
+    if factors.view.groups == 1:
         columns = weight.shape[1 - dim]
         found["columns"] = (member("w", 1 - dim, "consumes", torch.arange(columns)), columns)
     return found

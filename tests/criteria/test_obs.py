@@ -221,11 +221,11 @@ def setting(name: str) -> tuple[nn.Module, list, pl.DependencyGraph]:
 def dense_block(factors: Factors, damping: float, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return S ⊗ A ⊗ I over the rows that the factors are of, and where each of its places stands in the weight."""
     places = factors.matrices(torch.arange(weight.numel()).view_as(weight))
-    places = places if factors.groups > 1 else places[None]
+    places = places if factors.view.groups > 1 else places[None]
     kernel = places[0, 0, 0].numel()
     blocks = []
-    for group in range(factors.groups):
-        S, A = (m if factors.groups == 1 else m[group] for m in (factors.S, factors.A))
+    for group in range(factors.view.groups):
+        S, A = (m if factors.view.groups == 1 else m[group] for m in (factors.S, factors.A))
         S, A = (m + damping * m.trace() / len(m) * torch.eye(len(m)) for m in (S, A))
         blocks.append(torch.kron(torch.kron(S, A), torch.eye(kernel).double()))
     return torch.block_diag(*blocks), places.flatten()

@@ -62,8 +62,8 @@ def test_products_are_recorded_with_input_and_output():
     model, x = Net("addmm"), torch.randn(2, 5, 6)
     with Taps(model) as taps:
         model(x)
-    assert [(call.weight, call.kind, call.bias) for call in taps.calls] == [
-        (f"{name}.weight", "matmul", f"{name}.bias") for name in ("first", "second", "head")
+    assert [(call.weight, call.kind, call.view.out_dim, call.bias) for call in taps.calls] == [
+        (f"{name}.weight", "linear", 1, f"{name}.bias") for name in ("first", "second", "head")
     ]
     for call in taps.calls:
         wanted = call.input @ model.get_parameter(call.weight) + model.get_parameter(call.bias)
@@ -206,5 +206,5 @@ def test_a_weight_used_in_both_directions_has_the_gradients_of_both():
     )
     statistics = collect(model, [(x, y)], {"moments", "kronecker", "ekfac"})
     torch.testing.assert_close(statistics.moments["weight"], wanted / 6)
-    kinds = {name: found.kind for name, found in statistics.kronecker.items()}
-    assert kinds == {"weight": "linear", "weight.T": "matmul"}
+    sides = {name: found.view.out_dim for name, found in statistics.kronecker.items()}
+    assert sides == {"weight": 0, "weight.T": 1}

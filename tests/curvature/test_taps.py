@@ -21,9 +21,9 @@ def again(model: nn.Module, call: LayerCall) -> torch.Tensor:
     space, common = weight.dim() - 2, (call.stride, call.padding)
     if call.kind == "conv":
         conv = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
-        return conv(call.input, weight, bias, *common, call.dilation, call.groups)
+        return conv(call.input, weight, bias, *common, call.dilation, call.view.groups)
     transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[space - 1]
-    return transposed(call.input, weight, bias, *common, call.output_padding, call.groups, call.dilation)
+    return transposed(call.input, weight, bias, *common, call.output_padding, call.view.groups, call.dilation)
 
 
 @pytest.mark.parametrize(

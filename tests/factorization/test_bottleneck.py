@@ -48,7 +48,7 @@ def narrowed(layer: nn.Module, inward: int | None, outward: int | None, seed: in
         weight = torch.einsum("gop,gpi...->goi...", left @ left.mT, weight)
     if right is not None:
         weight = torch.einsum("goi...,gij->goj...", weight, right @ right.mT)
-    weight = (weight.transpose(1, 2) if parts.transposed else weight).flatten(0, 1)
+    weight = (weight.transpose(1, 2) if parts.view.out_dim else weight).flatten(0, 1)
     return fill(shell(layer, inward, outward), parts.rotated(left, right)), weight
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -205,6 +206,41 @@ def test_producers_of_any_kind_are_updated():
         for part in ("weight", "bias"):
             stayed = keep[f"{name}.{part}"]
             assert error(found[f"{name}.{part}"][stayed], model.get_parameter(f"{name}.{part}")[stayed]) > 1e-6
+
+
+class Halves(nn.Module):
+    """Two layers on one input; their weights are two parameters, or halves of one."""
+
+    def __init__(self, one: bool, transposed: bool) -> None:
+        super().__init__()
+        self.function = F.conv_transpose2d if transposed else F.conv2d
+        self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(5, 2, 1)
+        left, right = torch.randn(2, *((4, 5) if transposed else (5, 4)), 3, 3)
+        self.weights = nn.ParameterList([torch.cat([left, right])] if one else [left, right])
+        self.biases = nn.ParameterList(list(torch.randn(2, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, both = self.first(x).relu(), self.weights[0]
+        left, right = (both[: len(both) // 2], both[len(both) // 2 :]) if len(self.weights) == 1 else self.weights
+        gate = self.function(x.flip(2), right, self.biases[1]).sigmoid()
+        return self.last(self.function(x, left, self.biases[0]) * gate).mean((2, 3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("options", [EXACT, {"sequential": True}, {"side": "producers"}])
+def test_a_slice_is_refitted_like_a_parameter_of_its_own(options: dict, transposed: bool):
+    found = []
+    for one in (False, True):
+        torch.manual_seed(0)
+        model, x = Halves(one, transposed).double(), torch.randn(20, 3, 5, 5).double()
+        plan = pl.plan(pl.criteria.Random()(pl.trace(model, x)), ratio=0.4)
+        how = Compensation([(x, torch.arange(20) % 2)], **options)
+        found.append((list(plan.removed.values()), make_up(model, plan, *open_plan(model, plan), how)))
+    assert found[0][0] == found[1][0] and all(found[0][0])
+    fresh, halves = (dict(values) for _, values in found)
+    torch.testing.assert_close(torch.cat([fresh.pop("weights.0"), fresh.pop("weights.1")]), halves.pop("weights.0"))
+    assert fresh.keys() == halves.keys()
+    torch.testing.assert_close(fresh, halves)
 
 
 def test_prune_compensates_after_every_step(mini, small):

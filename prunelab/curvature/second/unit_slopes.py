@@ -20,13 +20,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from prunelab.batches import Batch
 from prunelab.batches.mean_check import check_mean
 from prunelab.curvature.fisher import columns, slopes
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import KINDS, LayerCall
 from prunelab.curvature.watching.other_calls import AffineTaps
 from prunelab.curvature.watching.samples import Layout, Routes, routes
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
 
-LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 NORMS = ("channel_norm", "last_norm")
 
 
@@ -90,7 +89,7 @@ class UnitSlopes:
         members = [member for member in group.members if member.name in self.parameters]
         names = [member.name for member in members]
         used = all(
-            kinds[member.name] <= {*LAYERS, *NORMS, "bias", "broadcast"}
+            kinds[member.name] <= {*KINDS, *NORMS, "bias", "broadcast"}
             or (kinds[member.name] == {"embedding"} and member.dim == 1)
             for member in members
             if member.name in kinds
@@ -124,7 +123,7 @@ class UnitSlopes:
         place = 0
 
         def before(call: LayerCall) -> Tensor | None:
-            if not any(member.dim == _input_dim(call) for member, _ in self.members.get(call.weight, ())):
+            if not any(member.dim == _dims(call)[0] for member, _ in self.members.get(call.weight, ())):
                 return None
             if not call.input.requires_grad:
                 return call.input.detach().requires_grad_()
@@ -151,28 +150,22 @@ class UnitSlopes:
     def _terms(self, call: LayerCall, layout: Layout) -> Iterator[Term]:
         weight, output = self.parameters[call.weight], call.output
         assert output is not None and call.edge is not None
-        channels = output.shape[-1] if call.kind in (*FLAT, "embedding") else output.shape[1]
-        if call.kind == "last_norm" or call.kind == "broadcast":
-            shape = tuple(weight.shape)
-        else:
-            shape = (channels, *(1 for _ in output.shape[2:])) if call.kind not in (*FLAT, "embedding") else (channels,)
+        whole = call.kind in ("last_norm", "broadcast")
+        shape = tuple(weight.shape) if whole else _shape(output, call.kind in ("linear", "embedding"))
         bias = None if call.bias is None else self.parameters[call.bias].detach()[call.bias_rows]
         if call.bias in self.members and bias is not None:
             spread = bias.view(shape).expand_as(output)
             yield Term(call.bias, call.edge, spread, shape, layout, None, call.bias_rows, 1, spread._version)
         dims = {member.dim for member, _ in self.members.get(call.weight, ())}
-        inner, outer = _input_dim(call), _output_dim(call)
+        inner, outer = _dims(call)
         if dims - {inner}:
             values = output.detach() if bias is None else output.detach() - bias.view(shape)
-            repeats = call.groups if call.kind == "conv_transpose" else 1
-            rows = slice(None) if outer else call.rows
+            rows, repeats = (slice(None), call.view.groups) if outer else (call.rows, 1)
             yield Term(call.weight, call.edge, values, shape, layout, outer, rows, repeats, values._version)
         if inner in dims:
-            edge, width = get_gradient_edge(call.input), call.input.shape[-1 if call.kind in FLAT else 1]
-            shape = (width,) if call.kind in FLAT else (width, *(1 for _ in output.shape[2:]))
-            repeats = call.groups if call.kind == "conv" else 1
-            rows = slice(None) if inner else call.rows
-            values = call.input.detach()
+            edge, values = get_gradient_edge(call.input), call.input.detach()
+            shape = _shape(values, call.kind == "linear")
+            rows, repeats = (slice(None), call.view.groups) if inner else (call.rows, 1)
             yield Term(call.weight, edge, values, shape, layout, inner, rows, repeats, values._version)
 
     def _slopes(self, outputs: Tensor, column: list[Tensor], terms: list[Term]) -> Tensor:
@@ -199,6 +192,11 @@ class UnitSlopes:
         return total
 
 
+def _shape(values: Tensor, last: bool) -> tuple[int, ...]:
+    """Return the shape in which one number per channel stands against values, whose channels may come last."""
+    return (values.shape[-1],) if last else (values.shape[1], *(1 for _ in values.shape[2:]))
+
+
 def _by_sample(values: Tensor, term: Term) -> Tensor:
     """Return ``[samples, *dimensions of the parameter]``: the sum over all else."""
     split = term.layout.by_sample(values)
@@ -210,14 +208,9 @@ def _by_sample(values: Tensor, term: Term) -> Tensor:
     return summed.reshape(len(split), term.repeats, -1).sum(1)
 
 
-def _input_dim(call: LayerCall) -> int | None:
-    """Return the dimension of a layer's weight that its input runs along."""
-    return {"linear": 1, "conv": 1, "conv_transpose": 0, "matmul": 0}.get(call.kind)
-
-
-def _output_dim(call: LayerCall) -> int | None:
-    """Return the dimension of a weight that its output runs along; ``None``: all of them, in their order."""
-    return {"linear": 0, "conv": 0, "conv_transpose": 1, "matmul": 1, "embedding": 1}.get(call.kind)
+def _dims(call: LayerCall) -> tuple[int | None, int | None]:
+    """Return the dimensions of a weight that inputs and outputs run along; ``None``: outputs along all, inputs none."""
+    return (call.view.in_dim, call.view.out_dim) if call.kind in (*KINDS, "embedding") else (None, None)
 
 
 def _ways(model: nn.Module, batch: Any) -> Routes | None:

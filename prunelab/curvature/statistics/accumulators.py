@@ -21,7 +21,7 @@ from prunelab.curvature.statistics.by_vmap import squared_sums_by_vmap
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.curvature.statistics.moments import squared_sums
 from prunelab.curvature.statistics.per_sample import Part, as_float
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import KINDS, LayerCall, restored
 from prunelab.curvature.watching.samples import Layout, Routes
 from prunelab.tracing.trace import DependencyGraph
 
@@ -105,7 +105,7 @@ class Gradient(Accumulator):
 class Moments(Accumulator):
     """``E[g_n²]`` by parameter name; parameters that nothing depends on have zeros."""
 
-    kinds = ("linear", "matmul", "conv", "conv_transpose", "channel_norm", "last_norm", "embedding", "broadcast")
+    kinds = (*KINDS, "channel_norm", "last_norm", "embedding", "broadcast")
     wants_inputs = True
 
     def __init__(self, setting: Setting) -> None:
@@ -138,24 +138,22 @@ class Moments(Accumulator):
 class Kronecker(Accumulator):
     """``Factors`` by weight name."""
 
-    kinds = factor_sums.KINDS
+    kinds = KINDS
 
     def forward(self, call: LayerCall, layout: Layout | None) -> None:
         if call.kind in self.kinds and layout is not None:
-            weight = self.parameters[call.weight]
-            key = factor_sums.key(call, weight)
-            self.meta.setdefault(key, factor_sums.description(call, weight, self.setting.factor))
-            found = factor_sums.input_sums(call, weight, self.setting.factor)
+            key = factor_sums.key(call, self.parameters[call.weight])
+            self.meta.setdefault(key, factor_sums.description(call, self.setting.factor))
+            found = factor_sums.input_sums(call, self.setting.factor)
             if self.weights is not None:
-                found = factor_sums.weighted(call, layout, weight, self.setting.factor, self.weights, found)
+                found = factor_sums.weighted(call, layout, self.setting.factor, self.weights, found)
             for part, value in found.items():
                 self.add(f"{part}:{key}", value)
 
     def backward(self, call: LayerCall, layout: Layout, gradient: Tensor) -> None:
-        weight = self.parameters[call.weight]
-        key = factor_sums.key(call, weight)
-        self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient, weight))
-        rows = gradient.numel() // gradient.shape[-1 if call.kind in FLAT else 1]
+        key = factor_sums.key(call, self.parameters[call.weight])
+        self.add(f"S:{key}", factor_sums.gradient_sums(call, gradient))
+        rows = gradient.numel() // gradient.shape[-1 if call.kind == "linear" else 1]
         self.add(f"rows:{key}", torch.tensor(float(rows), dtype=torch.float64))
 
     @classmethod
@@ -168,17 +166,16 @@ class Kronecker(Accumulator):
             positions = float(sums[f"positions:{key}"])
             values = {"A": sums[f"A:{key}"] / positions, "mean": sums[f"mean:{key}"] / positions}
             values["S"] = sums[f"S:{key}"] / samples
-            if about["groups"] == 1:
+            if about["view"]["groups"] == 1:
                 values = {name: value[0] for name, value in values.items()}
-            plain: Meta = {**about, "rows": slice(*about["rows"]), "kernel": tuple(about["kernel"]), **values}
-            found[key] = Factors(**plain, samples=round(samples), positions=positions)
+            found[key] = Factors(**restored({**about, **values}), samples=round(samples), positions=positions)
         return found
 
 
 class Ekfac(Accumulator):
     """EKFAC: the second moments of the samples' gradients in the eigenbasis of given factors."""
 
-    kinds = factor_sums.KINDS
+    kinds = KINDS
     wants_inputs = True
 
     def __init__(self, setting: Setting) -> None:
@@ -213,11 +210,11 @@ class Inputs(Accumulator):
         self.wanted = every if isinstance(graph, nn.Module) else input_moments.consumers(graph)
 
     def forward(self, call: LayerCall, layout: Layout | None) -> None:
-        if call.kind in factor_sums.KINDS and call.weight in self.wanted:
+        if call.kind in KINDS and call.weight in self.wanted:
             weight, taps = self.parameters[call.weight], self.wanted[call.weight]
             key = factor_sums.key(call, weight)
             self.meta[key] = input_moments.describe(call, weight, taps)
-            self.add(key, input_moments.summed(call, weight, self.meta[key]["over"], taps))
+            self.add(key, input_moments.summed(call, self.meta[key]["over"], taps))
 
     @classmethod
     def result(cls, sums: Sums, meta: Meta, samples: float) -> dict[str, Any]:

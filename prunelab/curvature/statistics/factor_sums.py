@@ -17,13 +17,12 @@ from torch import Tensor
 from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.curvature.statistics.per_sample import Part, as_float, conv_part, linear_part
 from prunelab.curvature.statistics.squared_products import ranges
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import LayerCall
 from prunelab.curvature.watching.patches import coverage, patches
 from prunelab.curvature.watching.samples import Layout
 
 Factor = Literal["channel", "full"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
-KINDS = ("linear", "matmul", "conv", "conv_transpose")
 
 
 def key(call: LayerCall, weight: Tensor) -> str:
@@ -34,48 +33,39 @@ def key(call: LayerCall, weight: Tensor) -> str:
     return call.weight if rows == slice(0, len(weight)) else f"{call.weight}[{rows.start}:{rows.stop}]"
 
 
-def description(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Any]:
+def description(call: LayerCall, factor: str) -> dict[str, Any]:
     """Return what is known about a weight's factors without data, as plain values."""
-    return {
-        "weight": call.weight,
-        "rows": [call.rows.start, call.rows.stop],
-        "kind": call.kind,
-        "kernel": list(weight.shape[2:]),
-        "groups": call.groups,
-        "factor": factor if call.kind == "conv" else "channel",
-        "bias": call.bias,
-    }
+    return {**call.described(), "kind": call.kind, "factor": factor if call.kind == "conv" else "channel"}
 
 
-def input_sums(call: LayerCall, weight: Tensor, factor: str) -> dict[str, Tensor]:
+def input_sums(call: LayerCall, factor: str) -> dict[str, Tensor]:
     """Return the sums over all inputs of a call: ``A [groups, n, n]``, ``mean [groups, n]``, ``positions []``."""
-    kernel, x = weight.shape[2:], as_float(call.input)
+    kernel, groups, x = call.view.kernel, call.view.groups, as_float(call.input)
     assert call.output is not None
-    if call.kind in FLAT:
+    if call.kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
         return {"A": gram(rows)[None], "mean": rows.sum(0)[None], "positions": _number(len(rows))}
     places = call.output.shape[2:]
     count = len(x) * math.prod(places)
     if call.kind == "conv" and factor == "full" and math.prod(kernel) > 1:
-        a, mean = _over_patches(call, x, kernel, places)
+        a, mean = _over_patches(call, x, places)
         return {"A": a, "mean": mean, "positions": _number(count)}
     if call.kind == "conv_transpose":
-        a, mean = _over_pixels(x, call.groups, None)
+        a, mean = _over_pixels(x, groups, None)
         return {"A": a, "mean": mean, "positions": _number(len(x) * math.prod(x.shape[2:]))}
-    seen = coverage(call, kernel, x.shape[2:], places)
-    a, mean = _over_pixels(x, call.groups, seen)
+    seen = coverage(call, x.shape[2:], places)
+    a, mean = _over_pixels(x, groups, seen)
     return {"A": a, "mean": mean, "positions": _number(count * math.prod(kernel))}
 
 
 def weighted(
-    call: LayerCall, layout: Layout, weight: Tensor, factor: str, weights: Tensor, plain: Mapping[str, Tensor]
+    call: LayerCall, layout: Layout, factor: str, weights: Tensor, plain: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return what ``input_sums`` does, with each sample counting ``weights [samples]`` times.
 
     Args:
         call: of the layer.
         layout: where its samples are.
-        weight: its parameter.
         factor: ``"channel"`` or ``"full"``.
         weights: what each sample counts.
         plain: the sums without weights.
@@ -86,23 +76,22 @@ def weighted(
         shape = [1] * split.dim()
         shape[layout.dim + 1] = len(by)
         rows = (split * by.to(split).view(shape)).flatten(layout.dim, layout.dim + 2)
-        return input_sums(replace(call, input=rows), weight, factor)
+        return input_sums(replace(call, input=rows), factor)
 
     positions = plain["positions"] * float(weights.double().mean() if weights.device.type != "mps" else weights.mean())
     return {"A": scaled(weights.sqrt())["A"], "mean": scaled(weights)["mean"], "positions": positions}
 
 
-def gradient_sums(call: LayerCall, gradient: Tensor, weight: Tensor) -> Tensor:
+def gradient_sums(call: LayerCall, gradient: Tensor) -> Tensor:
     """Return ``Σ g gᵀ`` over all samples and positions, ``[groups, out / groups, out / groups]``."""
     g = as_float(gradient)
-    if call.kind in FLAT:
+    if call.kind == "linear":
         rows = g.reshape(-1, g.shape[-1])
         return gram(rows)[None]
     if call.kind == "conv":
-        return _over_pixels(g, call.groups, None)[0]
-    kernel = weight.shape[2:]
-    seen = coverage(call, kernel, g.shape[2:], call.input.shape[2:])
-    return _over_pixels(g, call.groups, seen)[0] / math.prod(kernel)
+        return _over_pixels(g, call.view.groups, None)[0]
+    seen = coverage(call, g.shape[2:], call.input.shape[2:])
+    return _over_pixels(g, call.view.groups, seen)[0] / math.prod(call.view.kernel)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -143,15 +132,14 @@ def _over_pixels(images: Tensor, groups: int, seen: Tensor | None) -> tuple[Tens
     return a, mean
 
 
-def _over_patches(
-    call: LayerCall, images: Tensor, kernel: Sequence[int], places: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _over_patches(call: LayerCall, images: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return ``Σ u uᵀ`` ``[groups, n · K, n · K]`` and ``Σ u`` ``[groups, n · K]`` over all patches u."""
-    width = images.shape[1] // call.groups * math.prod(kernel)
-    a, mean = images.new_zeros(call.groups, width, width), images.new_zeros(call.groups, width)
+    groups, kernel = call.view.groups, call.view.kernel
+    width = images.shape[1] // groups * math.prod(kernel)
+    a, mean = images.new_zeros(groups, width, width), images.new_zeros(groups, width)
     for n in ranges(len(images), images.shape[1] * math.prod(kernel) * math.prod(places), images.device):
-        seen = patches(images[n], call, kernel, places).movedim(0, 1 + len(kernel))
-        columns = seen.reshape(call.groups, width, -1)
+        seen = patches(images[n], call, places).movedim(0, 1 + len(kernel))
+        columns = seen.reshape(groups, width, -1)
         a.baddbmm_(columns, columns.mT)  # one large product instead of one per image
         mean += columns.sum(-1)
     return a, mean
@@ -168,17 +156,17 @@ def rotated_part(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tens
     the gradient has rows: then Q_A rotates the gradient.
     """
     basis = factors.eigen()
-    q_a, q_s = (q if factors.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
+    q_a, q_s = (q if factors.view.groups > 1 else q[None] for q in (basis.Q_A, basis.Q_S))
     a, g = as_float(layout.by_sample(call.input)), as_float(layout.by_sample(gradient))
     turn = False
-    if call.kind in FLAT:
+    if call.kind == "linear":
         turned = a.flatten(1, -2) @ q_a[0].to(a), g.flatten(1, -2) @ q_s[0].to(g)
-        part = linear_part(call, *(turned if call.kind == "linear" else turned[::-1]))
+        part = linear_part(call, *turned)
     elif factors.factor == "full":
         turn = g[0].numel() > g.shape[2] * basis.Q_S.shape[-1]
-        part = conv_part(call, a, _rotated(g, q_s), weight.shape, basis=None if turn else q_a)
+        part = conv_part(call, a, _rotated(g, q_s), basis=None if turn else q_a)
     else:
-        part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s), weight.shape)
+        part = conv_part(call, _rotated(a, q_a), _rotated(g, q_s))
 
     def gradients(n: slice) -> Tensor:
         found = torch.vmap(factors.split)(part.gradients(n))

@@ -10,7 +10,7 @@ derives their use.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelab.curvature.statistics.per_sample import as_float
-from prunelab.curvature.watching.layer_calls import FLAT, IN_FIRST, LayerCall
+from prunelab.curvature.watching.layer_calls import LayerCall, restored
 from prunelab.curvature.watching.patches import coverage, patches
+from prunelab.curvature.watching.weight_view import WeightView
 from prunelab.runtime.devices import exact_on
 from prunelab.tracing.axes import factors_of, is_frozen
 from prunelab.tracing.trace import DependencyGraph
@@ -33,16 +34,14 @@ CHUNK = {"cpu": 2**20}
 
 
 class Layer(Protocol):
-    """Which rows of which weight are used, and how: a layer call, an input moment, Kronecker factors."""
+    """Which rows of which weight are used, and how they are laid out: a layer call, an input moment, factors."""
 
     @property
     def weight(self) -> str: ...
     @property
     def rows(self) -> slice: ...
     @property
-    def kind(self) -> str: ...
-    @property
-    def groups(self) -> int: ...
+    def view(self) -> WeightView: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +51,7 @@ class InputMoment:
     Attributes:
         weight: qualified name of the parameter.
         rows: which rows of it: a fused projection may be used slice by slice.
-        kind: ``"linear"``, ``"matmul"``, ``"conv"`` or ``"conv_transpose"``.
-        groups: of the convolution; each has a moment of its own.
+        view: how the weight is laid out; each group of a convolution has a moment of its own.
         over: ``"patches"``: n counts channels × kernel positions, in the order of ``matrix``; ``"channels"``: n counts
             channels, and a pixel enters once per patch and kernel position that sees it.
         padded: whether some patches hold padding, on which the constant of ``"channels"`` is not defined.
@@ -64,8 +62,7 @@ class InputMoment:
 
     weight: str
     rows: slice
-    kind: str
-    groups: int
+    view: WeightView
     over: str
     padded: bool
     bias: str | None
@@ -90,11 +87,7 @@ class InputMoment:
 
 def read(sums: Mapping[str, Tensor], meta: Mapping[str, Mapping[str, Any]]) -> dict[str, InputMoment]:
     """Return the moments from their sums and what ``describe`` said of them."""
-    found = {}
-    for name, about in meta.items():
-        slices = {field: slice(*about[field]) for field in ("rows", "bias_rows")}
-        found[name] = InputMoment(**{**about, **slices}, total=sums[name])
-    return found
+    return {name: InputMoment(**restored(about), total=sums[name]) for name, about in meta.items()}
 
 
 def describe(call: LayerCall, weight: Tensor, taps: int = 1, memory: int = MEMORY) -> dict[str, Any]:
@@ -106,25 +99,21 @@ def describe(call: LayerCall, weight: Tensor, taps: int = 1, memory: int = MEMOR
         taps: how many inputs of a linear layer belong to one channel (a flattened image).
         memory: bytes that the sum may take; where patches would need more, it is over channels.
     """
-    about: dict[str, Any] = {name: getattr(call, name) for name in ("weight", "kind", "groups", "bias")}
     width = matrix(call, weight).shape[-1]
-    taps = taps if call.kind in FLAT else math.prod(weight.shape[2:])
-    taps = 1 if call.kind == "conv_transpose" else taps
-    over = "channels" if taps > 1 and call.groups * (width + 1) ** 2 * 8 > memory else "patches"
-    padded = any(call.padding) or call.kind == "conv_transpose"
-    slices = {name: [getattr(call, name).start, getattr(call, name).stop] for name in ("rows", "bias_rows")}
-    return {**about, **slices, "over": over, "padded": padded}
+    taps = {"linear": taps, "conv": math.prod(call.view.kernel)}.get(call.kind, 1)
+    over = "channels" if taps > 1 and call.view.groups * (width + 1) ** 2 * 8 > memory else "patches"
+    return {**call.described(), "over": over, "padded": any(call.padding) or call.kind == "conv_transpose"}
 
 
-def summed(call: LayerCall, weight: Tensor, over: str, taps: int = 1) -> Tensor:
+def summed(call: LayerCall, over: str, taps: int = 1) -> Tensor:
     """Return ``Σ u uᵀ`` over the batch and positions of a call, ``[groups, n + 1, n + 1]`` in float64.
 
     Products are summed in the input's precision over chunks, and the chunks in float64 (on the CPU where the device has
     none).  Cost: n² multiplications per position; for a 3×3 convolution with as many outputs as inputs nine times its
     own forward pass.
     """
-    total = torch.zeros((), dtype=torch.float64, device=exact_on(weight.device))
-    for chunk, one in columns(call, weight) if over == "patches" else channels(call, weight, taps):
+    total = torch.zeros((), dtype=torch.float64, device=exact_on(call.input.device))
+    for chunk, one in columns(call) if over == "patches" else channels(call, taps):
         below = one.expand(chunk.shape[0], 1, chunk.shape[2])
         sums = chunk @ below.mT
         grams = torch.cat([torch.cat([chunk @ chunk.mT, sums], 2), torch.cat([sums.mT, below @ below.mT], 2)], 1)
@@ -150,22 +139,10 @@ def consumers(graph: DependencyGraph) -> dict[str, int]:
 
 def matrix(layer: Layer, weight: Tensor) -> Tensor:
     """Return the rows of a weight that a call used as a matrix, ``[groups, out / groups, n]``."""
-    weight = weight[layer.rows]
-    if layer.kind in IN_FIRST:
-        grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        return grouped.flip(list(range(3, grouped.dim()))).flatten(2)
-    return weight.unflatten(0, (layer.groups, -1)).flatten(2)
+    return layer.view.as_matrix(weight[layer.rows]).flatten(2)
 
 
-def like_weight(layer: Layer, values: Tensor, weight: Tensor) -> Tensor:
-    """Return a matrix ``[groups, out / groups, n]`` in the shape of the rows of the weight: undo ``matrix``."""
-    if layer.kind not in IN_FIRST:
-        return values.reshape(weight[layer.rows].shape)
-    grouped = values.unflatten(-1, (-1, *weight.shape[2:]))
-    return grouped.flip(list(range(3, grouped.dim()))).transpose(1, 2).flatten(0, 1)
-
-
-def columns(call: LayerCall, weight: Tensor, keep: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def columns(call: LayerCall, keep: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what the matrix of a call multiplies, over its batch and all positions, and the constant one.
 
     In chunks ``[groups, n, columns]`` and ``[1]``; the columns stand in the order of the output, samples outermost.
@@ -173,36 +150,39 @@ def columns(call: LayerCall, weight: Tensor, keep: Tensor | None = None) -> Iter
     """
     x = as_float(call.input)
     one = x.new_ones(1)
-    if call.kind in FLAT:
+    if call.kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
         for chunk in rows.split(_chunk(x, rows.shape[1])):
             yield (chunk if keep is None else chunk.index_select(1, keep)).mT[None], one
         return
     assert call.output is not None
-    kernel, places = weight.shape[2:], call.output.shape[2:]
-    slid = call if call.kind == "conv" else _as_convolution(call)
+    kernel, places = call.view.kernel, call.output.shape[2:]
+    transposed = call.kind == "conv_transpose"
+    slid = _as_convolution(call) if transposed else call
     for chunk in x.split(_chunk(x, x.shape[1] * math.prod(kernel) * math.prod(places))):
         chunk = chunk if keep is None else chunk.index_select(1, keep)
-        images = chunk if call.kind == "conv" else _spread(call, chunk, kernel)
-        seen = patches(images, slid, kernel, places).movedim(0, 1 + len(kernel))  # [C, *kernel, N, *positions]
-        yield seen.flatten(1 + len(kernel)).flatten(0, len(kernel)).unflatten(0, (call.groups, -1)), one
+        images = _spread(call, chunk) if transposed else chunk
+        seen = patches(images, slid, places).movedim(0, 1 + len(kernel))  # [C, *kernel, N, *positions]
+        if transposed:  # the kernel of the convolution is that of the layer, turned round
+            seen = seen.flip([1 + place for place in range(len(kernel))])
+        yield seen.flatten(1 + len(kernel)).flatten(0, len(kernel)).unflatten(0, (call.view.groups, -1)), one
 
 
-def channels(call: LayerCall, weight: Tensor, taps: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def channels(call: LayerCall, taps: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the input of a call in chunks ``[groups, channels, pixels]``, and the constant one ``[pixels]``.
 
     Each pixel counts once per patch and kernel position that sees it: it is multiplied by the root of that number.
     """
     x, root = as_float(call.input), torch.ones(())
-    if call.kind in FLAT:
+    if call.kind == "linear":
         x = x.reshape(-1, x.shape[-1] // taps, taps)
     else:
         assert call.output is not None
-        root = coverage(call, weight.shape[2:], x.shape[2:], call.output.shape[2:]).sqrt()
+        root = coverage(call, x.shape[2:], call.output.shape[2:]).sqrt()
     root = root.to(x)
     for chunk in x.split(_chunk(x, x[0].numel())):
         flat = (chunk * root).movedim(1, 0).flatten(1)
-        yield flat.unflatten(0, (call.groups, -1)), root.expand(len(chunk), *x.shape[2:]).flatten()
+        yield flat.unflatten(0, (call.view.groups, -1)), root.expand(len(chunk), *x.shape[2:]).flatten()
 
 
 def _chunk(x: Tensor, size: int) -> int:
@@ -216,13 +196,13 @@ def _as_convolution(call: LayerCall) -> LayerCall:
     return replace(call, kind="conv", stride=ones, padding=(0,) * len(ones))
 
 
-def _spread(call: LayerCall, x: Tensor, kernel: Sequence[int]) -> Tensor:
+def _spread(call: LayerCall, x: Tensor) -> Tensor:
     """Return the input of a transposed convolution with zeros between its pixels and around it."""
     wide = x.new_zeros(*x.shape[:2], *((n - 1) * step + 1 for n, step in zip(x.shape[2:], call.stride, strict=True)))
     places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in call.stride))
     wide[places] = x
     sides = []
-    for place in reversed(range(len(kernel))):
-        side = call.dilation[place] * (kernel[place] - 1) - call.padding[place]
+    for place, size in reversed(list(enumerate(call.view.kernel))):
+        side = call.dilation[place] * (size - 1) - call.padding[place]
         sides += [side, side + call.output_padding[place]]
     return F.pad(wide, sides)

@@ -19,14 +19,14 @@ derives them, 08_eigendamage their eigenbasis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prunelab.curvature.watching.layer_calls import IN_FIRST
+from prunelab.curvature.watching.weight_view import WeightView
 from prunelab.runtime.devices import exact, raise_out_of_memory
 
 
@@ -49,15 +49,15 @@ class Factors:
     Attributes:
         weight: qualified name of the parameter.
         rows: which rows (dimension 0) of it; all, unless the model uses it slice by slice.
-        kind: ``"linear"``, ``"matmul"`` (the weight is ``[in, out]``), ``"conv"`` or ``"conv_transpose"``.
+        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``.
+        view: how the weight is laid out, with the kernel and the groups of a convolution.
         A: second moment of the inputs, ``[in, in]``; ``[in · K, in · K]`` with ``factor="full"``.
         S: second moment of the gradients of the outputs, ``[out, out]``.
         mean: ``[in]``, the mean input: the column of A that belongs to a bias, whose last entry is 1; of channel
             factors the mean over kernel positions.
-        kernel: size of the kernel; ``()`` for ``"linear"`` and ``"matmul"``.
-        groups: of the convolution.
         factor: ``"channel"`` or ``"full"``; for linear layers they are the same.
         bias: name of the bias, if there is one.
+        bias_rows: which entries of it.
         samples: over how many samples.
         positions: over how many inputs (samples × positions × kernel positions) A is the mean.
         moments: EKFAC, the exact second moments of the samples' gradients in the eigenbasis, ``E[(Q_Sᵀ G_n Q_A)²]``,
@@ -74,13 +74,13 @@ class Factors:
     weight: str
     rows: slice
     kind: str
+    view: WeightView
     A: Tensor
     S: Tensor
     mean: Tensor
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
     factor: str = "channel"
     bias: str | None = None
+    bias_rows: slice = field(default_factory=lambda: slice(0, 0))
     samples: int = 0
     positions: float = 0
     moments: Tensor | None = None
@@ -113,21 +113,13 @@ class Factors:
 
     def split(self, rows: Tensor) -> Tensor:
         """Return what ``matrices`` returns, from the rows alone."""
-        split = rows.unflatten(0, (self.groups, -1))
-        if self.kind in IN_FIRST:
-            split = split.transpose(1, 2)
-        if self.factor == "full":
-            split = split.flatten(2)
-        return split[0] if self.groups == 1 else split
+        split = self.view.as_matrix(rows)
+        split = split.flatten(2) if self.factor == "full" else split
+        return split[0] if self.view.groups == 1 else split
 
     def like_weight(self, matrices: Tensor) -> Tensor:
         """Return what ``matrices`` took apart, in the shape of those rows of the weight."""
-        split = matrices[None] if self.groups == 1 else matrices
-        if self.factor == "full":
-            split = split.unflatten(2, (-1, *self.kernel))
-        if self.kind in IN_FIRST:
-            split = split.transpose(1, 2)
-        return split.flatten(0, 1)
+        return self.view.from_matrix(matrices[None] if self.view.groups == 1 else matrices)
 
     def rotate(self, matrices: Tensor) -> Tensor:
         """Return ``Q_Sᵀ W Q_A``, the coordinates in the eigenbasis of a tensor as ``matrices`` gives it."""

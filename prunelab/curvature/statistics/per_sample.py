@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunelab.curvature.statistics.squared_products import Stack, squared_products
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import LayerCall
 from prunelab.curvature.watching.patches import patches
 from prunelab.curvature.watching.samples import Layout
 
@@ -57,10 +57,8 @@ def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> 
     g = layout.by_sample(gradient)
     if call.kind == "linear":
         yield linear_part(call, layout.by_sample(call.input).flatten(1, -2), g.flatten(1, -2))
-    elif call.kind == "matmul":  # the transpose of that
-        yield linear_part(call, g.flatten(1, -2), layout.by_sample(call.input).flatten(1, -2))
     elif call.kind in ("conv", "conv_transpose"):
-        yield conv_part(call, layout.by_sample(call.input), g, weight.shape)
+        yield conv_part(call, layout.by_sample(call.input), g)
     elif call.kind == "embedding":
         yield _embedding_part(call, layout.by_sample(call.input[..., None]).flatten(1), g.flatten(1, -2), len(weight))
     elif call.kind == "broadcast":
@@ -73,43 +71,43 @@ def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> 
 
 def linear_part(call: LayerCall, inputs: Tensor, gradients: Tensor) -> Part:
     """Return the part of a linear layer's weight: inputs ``[B, R, in]`` and output gradients ``[B, R, out]``."""
-    shape = (1, gradients.shape[2], inputs.shape[2], inputs.shape[1])
+    rows, columns = call.view.ordered(gradients, inputs)
+    shape = (1, rows.shape[2], columns.shape[2], rows.shape[1])
 
     def left(n: slice) -> Tensor:
-        return as_float(gradients[n]).mT[:, None]
+        return as_float(rows[n]).mT[:, None]
 
     def right(n: slice) -> Tensor:
-        return as_float(inputs[n]).mT[:, None]
+        return as_float(columns[n]).mT[:, None]
 
     return _product_part(call, left, right, len(inputs), shape, shape[1:3], inputs.device)
 
 
-def conv_part(
-    call: LayerCall, inputs: Tensor, gradients: Tensor, shape: torch.Size, basis: Tensor | None = None
-) -> Part:
+def conv_part(call: LayerCall, inputs: Tensor, gradients: Tensor, basis: Tensor | None = None) -> Part:
     """Return the part of a convolution's weight: inputs ``[B, R, in, …]`` and output gradients ``[B, R, out, …]``.
 
-    The kernel slides over the inputs, and for a transposed convolution over the output gradients.  With a basis
+    The kernel slides over what dimension 1 of the weight counts: over the inputs, and for a transposed convolution
+    over the output gradients.  With a basis
     ``[groups, n, n]`` the patches, flattened, are given in its coordinates.
     """
-    seen, rows = (inputs, gradients) if call.kind == "conv" else (gradients, inputs)
+    rows, seen = call.view.ordered(gradients, inputs)
     samples, copies, channels, *_ = seen.shape
-    kernel, places = shape[2:], rows.shape[3:]
+    groups, kernel, places = call.view.groups, call.view.kernel, rows.shape[3:]
     positions = math.prod(places)
 
     def by_group(images: Tensor) -> Tensor:  # the images of a sample are positions of its own
-        split = images.reshape(-1, copies, call.groups, images[0].numel() // (call.groups * positions), positions)
+        split = images.reshape(-1, copies, groups, images[0].numel() // (groups * positions), positions)
         return split[:, 0] if copies == 1 else split.movedim(1, 3).flatten(3)
 
     def left(n: slice) -> Tensor:
         return by_group(as_float(rows[n]).flatten(0, 1))
 
     def right(n: slice) -> Tensor:
-        found = by_group(patches(as_float(seen[n]).flatten(0, 1), call, kernel, places))
+        found = by_group(patches(as_float(seen[n]).flatten(0, 1), call, places))
         return found if basis is None else torch.einsum("bgkp,gkc->bgcp", found, basis.to(found))
 
-    sizes = (call.groups, rows.shape[2] // call.groups, channels // call.groups * math.prod(kernel), copies * positions)
-    part_shape = (rows.shape[2], channels // call.groups, *kernel)
+    sizes = (groups, rows.shape[2] // groups, channels // groups * math.prod(kernel), copies * positions)
+    part_shape = (rows.shape[2], channels // groups, *kernel)
     return _product_part(call, left, right, samples, sizes, part_shape, seen.device)
 
 
@@ -155,7 +153,7 @@ def _times_plain(call: LayerCall, layout: Layout, gradients: Tensor) -> Callable
 
 def _place(call: LayerCall, weight: Tensor, gradients: Tensor) -> tuple[int, ...]:
     """Return the shape in which the call's bias, or its norm's weight, stands against its output."""
-    if call.kind in FLAT:
+    if call.kind == "linear":
         return (gradients.shape[-1],)
     if call.kind == "last_norm":
         return tuple(weight.shape)

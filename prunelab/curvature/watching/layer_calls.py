@@ -9,7 +9,7 @@ Notebook 07_kfac derives what is made of a call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -19,20 +19,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from prunelab.curvature.watching.weight_view import WeightView
 from prunelab.tracing.calls import is_quiet, unwatched
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
-# What is watched: function -> kind, and the names of its arguments in order.
-LAYERS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
-    F.linear: ("linear", ("input", "weight", "bias")),
-    F.conv1d: ("conv", _CONV),
-    F.conv2d: ("conv", _CONV),
-    F.conv3d: ("conv", _CONV),
-    F.conv_transpose1d: ("conv_transpose", _TRANSPOSED),
-    F.conv_transpose2d: ("conv_transpose", _TRANSPOSED),
-    F.conv_transpose3d: ("conv_transpose", _TRANSPOSED),
+# What is watched: function -> kind, dimension of the weight that counts outputs, and names of the arguments in order.
+LAYERS: dict[Callable[..., Any], tuple[str, int, tuple[str, ...]]] = {
+    F.linear: ("linear", 0, ("input", "weight", "bias")),
+    F.conv1d: ("conv", 0, _CONV),
+    F.conv2d: ("conv", 0, _CONV),
+    F.conv3d: ("conv", 0, _CONV),
+    F.conv_transpose1d: ("conv_transpose", 1, _TRANSPOSED),
+    F.conv_transpose2d: ("conv_transpose", 1, _TRANSPOSED),
+    F.conv_transpose3d: ("conv_transpose", 1, _TRANSPOSED),
 }
 
 # Products with a matrix, which are linear layers written by hand: function -> where input, weight and bias stand.
@@ -46,11 +47,8 @@ PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
     Tensor.addmm: (1, 2, 0),
 }
 
-FLAT = ("linear", "matmul")
-"""The kinds whose channels are the last dimension of input and output."""
-
-IN_FIRST = ("conv_transpose", "matmul")
-"""The kinds whose weight has its inputs in dimension 0 and its outputs in dimension 1."""
+KINDS = ("linear", "conv", "conv_transpose")
+"""The kinds of layers; the channels of a linear one are the last dimension of its input and output."""
 
 
 @dataclass(eq=False)
@@ -61,13 +59,12 @@ class LayerCall:
         weight: qualified name of the parameter; the first one if it is tied.
         rows: which rows (dimension 0) of that parameter this call used; all, unless it took a slice.
         bias: name of the bias, if there is one and it is a parameter.
-        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``; or ``"matmul"``, a linear layer whose weight is
-            ``[in, out]``.
+        kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``: what is computed.
+        view: how its weight is laid out; of parameters that are no layer's (see ``AffineTaps``) it says nothing.
         input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
         output: what it gave; ``None`` as long as the call has not run.
-        stride: one number per spatial dimension; empty for ``"linear"`` and ``"matmul"``.
+        stride: one number per spatial dimension; empty for ``"linear"``.
         padding: the same, as are ``dilation`` and ``output_padding``.
-        groups: of the convolution.
         bias_rows: which entries of the bias were used.
         plain: of a norm (see ``AffineTaps``), the norm without weight and bias; for an embedding, its options.
         edge: where the gradient of ``output`` is found, also if the model changed ``output`` in place afterwards:
@@ -80,16 +77,27 @@ class LayerCall:
     bias: str | None
     kind: str
     input: Tensor
+    view: WeightView = field(default_factory=WeightView)
     output: Tensor | None = None
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
-    groups: int = 1
     output_padding: tuple[int, ...] = ()
     bias_rows: slice = field(default_factory=lambda: slice(0, 0))
     edge: GradientEdge | None = None
     plain: Any = None
     other: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """Return as plain values which weight this is and how it is laid out; ``restored`` reads them."""
+        slices = {name: [getattr(self, name).start, getattr(self, name).stop] for name in ("rows", "bias_rows")}
+        return {"weight": self.weight, "bias": self.bias, "view": asdict(self.view), **slices}
+
+
+def restored(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``LayerCall.described`` took down as it was, with all else that is there."""
+    slices = {name: slice(*about[name]) for name in ("rows", "bias_rows")}
+    return {**about, "view": WeightView(**about["view"]), **slices}
 
 
 class Taps(TorchFunctionMode):
@@ -131,7 +139,7 @@ class Taps(TorchFunctionMode):
         self.tensors = list(named.values())  # an id means its tensor only as long as that lives
         self.before, self.after, self.keep, self.cut = before, after, keep, cut
         self.calls: list[LayerCall] = []
-        self.kinds: dict[str, str] = {}
+        self.sides: dict[str, int] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -146,9 +154,9 @@ class Taps(TorchFunctionMode):
             return self._product(func, args)
         if func not in LAYERS:
             return func(*args, **kwargs)
-        kind, names = LAYERS[func]
+        kind, out_dim, names = LAYERS[func]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        call = self._call(kind, given)
+        call = self._call(kind, out_dim, given)
         if call is None:
             return func(*args, **kwargs)
         return self._watched(call, func, given)
@@ -165,7 +173,7 @@ class Taps(TorchFunctionMode):
         name = self.names.get(id(weight))
         if name is None or weight.dim() != 2:
             return func(*args)
-        call = LayerCall(name, slice(0, len(weight)), None, "matmul", x)
+        call = LayerCall(name, slice(0, len(weight)), None, "linear", x, WeightView(out_dim=1))
         self._with_bias(call, bias)
 
         def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -179,13 +187,13 @@ class Taps(TorchFunctionMode):
 
     def _watched(self, call: LayerCall, func: Callable[..., Any], given: dict[str, Any]) -> Any:
         """Run a recorded call, with what is to be done before and after it."""
-        call.other = self.kinds.setdefault(call.weight, call.kind) != call.kind
+        call.other = self.sides.setdefault(call.weight, call.view.out_dim) != call.view.out_dim
         if self.keep:
             self.calls.append(call)
         with unwatched():
             replaced = self.before(call) if self.before else None
         call.input = call.input if replaced is None else replaced
-        if call.kind not in FLAT:
+        if call.kind != "linear":
             given["padding"] = call.padding
         return self._run(call, func, {**given, "input": call.input})
 
@@ -201,22 +209,22 @@ class Taps(TorchFunctionMode):
             replaced = self.after(call) if self.after else None
         return output if replaced is None else replaced
 
-    def _call(self, kind: str, given: dict[str, Any]) -> LayerCall | None:
+    def _call(self, kind: str, out_dim: int, given: dict[str, Any]) -> LayerCall | None:
         found = self._place(given["weight"])
         if found is None:
             return None
         name, rows = found
-        call = LayerCall(name, rows, None, kind, given["input"])
+        view = WeightView(out_dim, given.get("groups", 1), tuple(given["weight"].shape[2:]))
+        call = LayerCall(name, rows, None, kind, given["input"], view)
         self._with_bias(call, given.get("bias"))
-        if kind in FLAT:
+        space = len(view.kernel)
+        if not space:
             return call
-        space = given["weight"].dim() - 2
         if call.input.dim() != space + 2:  # one image without a batch dimension
             return None
         call.stride, call.dilation = (_each(given.get(key, 1), space) for key in ("stride", "dilation"))
         call.output_padding = _each(given.get("output_padding", 0), space)
-        call.groups = given.get("groups", 1)
-        call.padding, call.input = _padding(given.get("padding", 0), call, given["weight"].shape[2:])
+        call.padding, call.input = _padding(given.get("padding", 0), call)
         return call
 
     def _place(self, tensor: Tensor) -> tuple[str, slice] | None:
@@ -237,8 +245,9 @@ def _each(value: int | Sequence[int], space: int) -> tuple[int, ...]:
     return sizes * space if len(sizes) == 1 else sizes
 
 
-def _padding(padding: Any, call: LayerCall, kernel: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
+def _padding(padding: Any, call: LayerCall) -> tuple[tuple[int, ...], Tensor]:
     """Return the padding in numbers; what is not the same on both sides (``"same"``) is put on the input itself."""
+    kernel = call.view.kernel
     if padding == "valid":
         return (0,) * len(kernel), call.input
     if padding != "same":

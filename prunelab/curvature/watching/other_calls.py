@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.weight_view import WeightView
 
 # function -> kind, names of its arguments.  Norms act on dimension 1, or on the last ones.
 NORMS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
@@ -79,6 +80,7 @@ class AffineTaps(Taps):
         if id(given["weight"]) not in self.names or special:
             return F.embedding(*args, **kwargs)
         call = self._recorded(given["weight"], None, "embedding", given["input"])
+        call.view = WeightView(out_dim=1)
         call.plain = given.get("padding_idx")
         return self._run(call, F.embedding, given)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from prunelab.curvature.watching.layer_calls import LayerCall
 
 
-def patches(images: Tensor, call: LayerCall, kernel: Sequence[int], positions: Sequence[int]) -> Tensor:
+def patches(images: Tensor, call: LayerCall, positions: Sequence[int]) -> Tensor:
     """Return the patches of a call's convolution: a view ``[N, C, *kernel, *positions]``, only padding is copied.
 
     For a transposed convolution these are the patches of its *output*: it is the transpose of the convolution that
@@ -23,10 +23,10 @@ def patches(images: Tensor, call: LayerCall, kernel: Sequence[int], positions: S
 
     Args:
         images: ``[N, C, *space]``.
-        call: gives stride, padding and dilation.
-        kernel: size of the kernel.
+        call: gives the kernel, stride, padding and dilation.
         positions: how many patches there are in each direction.
     """
+    kernel = call.view.kernel
     needed = [
         (count - 1) * stride + dilation * (size - 1) + 1
         for count, stride, dilation, size in zip(positions, call.stride, call.dilation, kernel, strict=True)
@@ -41,18 +41,17 @@ def patches(images: Tensor, call: LayerCall, kernel: Sequence[int], positions: S
     return images.as_strided((*images.shape[:2], *kernel, *positions), (batch, channel, *inner, *outer))
 
 
-def coverage(call: LayerCall, kernel: Sequence[int], space: Sequence[int], positions: Sequence[int]) -> Tensor:
+def coverage(call: LayerCall, space: Sequence[int], positions: Sequence[int]) -> Tensor:
     """Return how many patches of a call cover each pixel: ``[*space]``, an outer product over the directions.
 
     Args:
-        call: gives stride, padding and dilation.
-        kernel: size of the kernel.
+        call: gives the kernel, stride, padding and dilation.
         space: size of the images that the patches are taken from.
         positions: how many patches there are in each direction.
     """
     counts = torch.ones((), dtype=torch.int64)
     for place, size in enumerate(space):
         starts = torch.arange(positions[place]) * call.stride[place] - call.padding[place]
-        seen = (starts[:, None] + torch.arange(kernel[place]) * call.dilation[place]).flatten()
+        seen = (starts[:, None] + torch.arange(call.view.kernel[place]) * call.dilation[place]).flatten()
         counts = counts[..., None] * torch.bincount(seen[(seen >= 0) & (seen < size)], minlength=size)
     return counts

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batch, batch_of
 from prunelab.batches.trees import tree_leaves
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall
+from prunelab.curvature.watching.layer_calls import LayerCall
 from prunelab.curvature.watching.other_calls import AffineTaps
 from prunelab.errors import BatchError
 
@@ -192,7 +192,7 @@ def _layout(call: LayerCall, gradient: Tensor | None) -> Layout | None:
 
 def _candidates(call: LayerCall, output: Tensor) -> Iterator[Layout]:
     dims: Iterable[int] = range(1)
-    if call.kind in (*FLAT, "embedding"):
+    if call.kind in ("linear", "embedding"):
         dims = range(output.dim() - 1)
     elif call.kind == "last_norm":
         dims = range(output.dim() - len(call.plain.keywords["normalized_shape"]))

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batch, call, checked
 from prunelab.curvature.statistics.factor_sums import key
-from prunelab.curvature.statistics.input_moments import columns, consumers, describe, like_weight, matrix
+from prunelab.curvature.statistics.input_moments import columns, consumers, describe, matrix
 from prunelab.curvature.statistics.per_sample import as_float
-from prunelab.curvature.watching.layer_calls import FLAT, LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, Taps
 from prunelab.errors import BatchError
 from prunelab.kept import Kept, masks
 from prunelab.plans import Plan
@@ -36,8 +36,7 @@ from prunelab.surgery.refit.solve import (
     DEPENDENT,
     TWO_WAYS,
     UNSEEN,
-    kept_inputs,
-    kept_outputs,
+    kept_channels,
     losing_inputs,
     refit_consumers,
     ridge,
@@ -258,14 +257,15 @@ class _Work:
 
     def _products(self, seen: LayerCall, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``Σ u uᵀ`` and ``Σ y uᵀ`` of one call, without groups over the inputs that stay only."""
-        weight, wanted = self.weights[seen.weight], _by_columns(seen, wanted)
-        keep = kept_inputs(seen, self.graph, self.kept)[0].nonzero().flatten().to(weight.device)
-        inputs = targets = torch.zeros((), dtype=torch.float64, device=exact_on(weight.device))
+        groups, device, wanted = seen.view.groups, seen.input.device, _by_columns(seen, wanted)
+        stay = kept_channels(seen, seen.view.in_dim, self.graph, self.kept)
+        keep = stay[0].nonzero().flatten().to(device)
+        inputs = targets = torch.zeros((), dtype=torch.float64, device=exact_on(device))
         place = 0
-        if seen.groups > 1:  # what was removed may be anything
-            seen = replace(seen, input=zeroed(seen.input, (None, kept_inputs(seen, self.graph, self.kept).flatten())))
-        for chunk, one in columns(seen, weight, keep if seen.groups == 1 else None):
-            chunk = torch.cat([chunk, one.expand(seen.groups, 1, chunk.shape[-1])], 1)
+        if groups > 1:  # what was removed may be anything
+            seen = replace(seen, input=zeroed(seen.input, (None, stay.flatten())))
+        for chunk, one in columns(seen, keep if groups == 1 else None):
+            chunk = torch.cat([chunk, one.expand(groups, 1, chunk.shape[-1])], 1)
             rows = wanted[..., place : place + chunk.shape[-1]]
             place += chunk.shape[-1]
             inputs, targets = inputs + (chunk @ chunk.mT).to(inputs), targets + (rows @ chunk.mT).to(targets)
@@ -274,8 +274,9 @@ class _Work:
     def _solve(self, fit: _Fit, constant: bool) -> None:
         layer, weight = fit.layer, self.weights[fit.layer.weight]
         flat = matrix(layer, weight).to(fit.inputs)
-        stay = kept_inputs(layer, self.graph, self.kept).repeat_interleave(math.prod(weight.shape[2:]), 1)
-        rows = kept_outputs(layer, self.graph, self.kept).to(flat)
+        stay = kept_channels(layer, layer.view.in_dim, self.graph, self.kept)
+        stay = stay.repeat_interleave(math.prod(layer.view.kernel), 1)
+        rows = kept_channels(layer, layer.view.out_dim, self.graph, self.kept).to(flat)
         shift = flat.new_zeros(flat.shape[:2])
         if layer.bias is not None:
             shift = self.weights[layer.bias][layer.bias_rows].to(flat).view(shift.shape)
@@ -284,7 +285,7 @@ class _Work:
             number = int(mask.sum())
             if not number or not rows[group].any():
                 continue
-            used = mask.nonzero().flatten() if layer.groups > 1 else torch.arange(number, device=flat.device)
+            used = mask.nonzero().flatten() if layer.view.groups > 1 else torch.arange(number, device=flat.device)
             used = torch.cat([used, used.new_full((1,), fit.inputs.shape[-1] - 1)])
             count = float(fit.inputs[group, -1, -1])
             now = torch.cat([flat[group][:, mask], shift[group][:, None]], 1)
@@ -298,7 +299,7 @@ class _Work:
             change[group][:, mask] = solved[:, :number]
             if constant:
                 moved[group] = solved[:, -1]
-        weight[layer.rows] += like_weight(layer, change, weight).to(weight)
+        weight[layer.rows] += layer.view.from_matrix(change).to(weight)
         self.changed.add(layer.weight)
         if constant and layer.bias is not None:
             self.weights[layer.bias][layer.bias_rows] += moved.flatten().to(weight)
@@ -308,6 +309,6 @@ class _Work:
 def _by_columns(seen: LayerCall, output: Tensor) -> Tensor:
     """Return outputs as ``[groups, out / groups, columns]``, samples and positions in the order of ``columns``."""
     output = as_float(output)
-    if seen.kind in FLAT:
+    if seen.kind == "linear":
         return output.reshape(-1, output.shape[-1]).mT[None]
-    return output.movedim(1, 0).flatten(1).unflatten(0, (seen.groups, -1))
+    return output.movedim(1, 0).flatten(1).unflatten(0, (seen.view.groups, -1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, call, checked
-from prunelab.curvature.statistics.factor_sums import KINDS, key
+from prunelab.curvature.statistics.factor_sums import key
 from prunelab.curvature.statistics.input_moments import MEMORY, InputMoment, describe, read, summed
 from prunelab.curvature.watching.layer_calls import LayerCall, Taps
 from prunelab.errors import BatchError
@@ -32,11 +32,11 @@ def input_moments(
     number = -1
 
     def add_sum(seen: LayerCall) -> None:
-        if seen.kind in KINDS and seen.weight in weights:
+        if seen.weight in weights:
             weight = parameters[seen.weight]
             name = key(seen, weight)
             meta[name] = describe(seen, weight, weights[seen.weight], memory)
-            total = summed(seen, weight, meta[name]["over"], weights[seen.weight])
+            total = summed(seen, meta[name]["over"], weights[seen.weight])
             if not total.isfinite().all():
                 raise BatchError(
                     f"The input of the layer of `{seen.weight}` is not finite in batch {number}: check the batch's "

@@ -12,9 +12,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from prunelab.curvature.statistics.input_moments import InputMoment, Layer, like_weight, matrix
+from prunelab.curvature.statistics.input_moments import InputMoment, Layer, matrix
 from prunelab.curvature.statistics.kronecker import Factors
-from prunelab.curvature.watching.layer_calls import IN_FIRST
 from prunelab.errors import BatchError
 from prunelab.kept import Kept
 from prunelab.runtime.devices import exact
@@ -68,18 +67,9 @@ def losing_inputs(graph: DependencyGraph, kept: Kept) -> list[str]:
     return list(found)
 
 
-def kept_inputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
-    """Return which input channels of a layer stay, bool ``[groups, in / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][0 if layer.kind in IN_FIRST else 1].axis)
-    return mask.unflatten(0, (layer.groups, -1)) if layer.kind in IN_FIRST else mask.expand(layer.groups, -1)
-
-
-def kept_outputs(layer: Layer, graph: DependencyGraph, kept: Kept) -> Tensor:
-    """Return which output channels of a layer stay, bool ``[groups, out / groups]``."""
-    mask = kept.mask(graph.dims[layer.weight][1 if layer.kind in IN_FIRST else 0].axis)
-    if layer.kind in IN_FIRST:
-        return mask.expand(layer.groups, -1)
-    return mask[layer.rows].unflatten(0, (layer.groups, -1))
+def kept_channels(layer: Layer, dim: int, graph: DependencyGraph, kept: Kept) -> Tensor:
+    """Return which channels along one dimension of a layer's weight stay, bool ``[groups, channels]``."""
+    return layer.view.rows_of(kept.mask(graph.dims[layer.weight][dim].axis), dim, layer.rows)
 
 
 def refit_consumers(
@@ -108,7 +98,13 @@ def refit_consumers(
         if any(_overlap(found, other) for other in moments.values()):
             left[found.weight] = "its rows are used in more than one way"
             continue
-        solved = _refit(found, parameters[found.weight].detach(), kept_inputs(found, graph, kept), constant, damping)
+        solved = _refit(
+            found,
+            parameters[found.weight].detach(),
+            kept_channels(found, found.view.in_dim, graph, kept),
+            constant,
+            damping,
+        )
         if solved is None:
             left[found.weight] = DEPENDENT
             continue
@@ -155,7 +151,7 @@ def _refit(
     if found.over == "channels":
         change = change.unflatten(1, (-1, taps)).transpose(-1, -2).flatten(2)
         shift = shift.unflatten(1, (-1, taps)).sum(-1)
-    return like_weight(found, change, weight), shift.flatten()
+    return found.view.from_matrix(change), shift.flatten()
 
 
 def _overlap(found: InputMoment, other: InputMoment) -> bool:
@@ -168,7 +164,7 @@ def _check_model(found: Mapping[str, Layer], parameters: Mapping[str, Tensor]) -
     for name, layer in found.items():
         weight = parameters.get(layer.weight)
         if isinstance(layer, InputMoment) and weight is not None and layer.rows.stop <= len(weight):
-            width = matrix(layer, weight).shape[-1] if len(weight) % layer.groups == 0 else 0
+            width = matrix(layer, weight).shape[-1] if len(weight) % layer.view.groups == 0 else 0
             if layer.total.shape[-1] - 1 == width or (
                 layer.over == "channels" and width % (layer.total.shape[-1] - 1) == 0
             ):
@@ -198,8 +194,8 @@ def refit_producers(
         if found.weight not in parameters or found.rows.stop > len(parameters[found.weight]):
             raise BatchError(f"These statistics are of another model: `{name}` does not fit; collect them again.")
         weight = parameters[found.weight].detach()
-        fisher = exact(found.S if found.groups > 1 else found.S[None])
-        stay = kept_outputs(found, graph, kept).to(fisher.device)
+        fisher = exact(found.S if found.view.groups > 1 else found.S[None])
+        stay = kept_channels(found, found.view.out_dim, graph, kept).to(fisher.device)
         flat = matrix(found, weight).to(fisher)
         change, mixing = torch.zeros_like(flat), torch.zeros_like(fisher)
         for group, mask in enumerate(stay):
@@ -213,10 +209,8 @@ def refit_producers(
         change = mixing @ flat
         if not change.any():
             continue
-        add(fresh, parameters, found.weight, found.rows, like_weight(found, change, weight))
+        add(fresh, parameters, found.weight, found.rows, found.view.from_matrix(change))
         if found.bias is not None:
-            bias, rows = parameters[found.bias].detach(), slice(None) if found.kind in IN_FIRST else found.rows
-            add(
-                fresh, parameters, found.bias, rows, (mixing @ bias[rows].to(mixing).view(len(mixing), -1, 1)).flatten()
-            )
+            bias = parameters[found.bias].detach()[found.bias_rows].to(mixing).view(len(mixing), -1, 1)
+            add(fresh, parameters, found.bias, found.bias_rows, (mixing @ bias).flatten())
     return fresh, left

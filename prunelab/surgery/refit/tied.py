@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import call, device_of
 from prunelab.batches.trees import tree_leaves, tree_map
-from prunelab.curvature.statistics.factor_sums import KINDS
-from prunelab.curvature.watching.layer_calls import IN_FIRST, Taps
+from prunelab.curvature.watching.layer_calls import Taps
 from prunelab.errors import BatchError
 from prunelab.kept import Kept
 from prunelab.tracing.trace import DependencyGraph
@@ -35,19 +34,15 @@ def tied_weights(model: nn.Module, inputs: Any, graph: DependencyGraph, kept: Ke
     with torch.enable_grad(), Taps(model, cut=True) as taps:
         outputs = tree_leaves(call(model, inputs))
         values = [leaf.abs().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-    kinds: dict[str, set[bool]] = {}
-    for seen in taps.calls:
-        if seen.kind in KINDS:
-            kinds.setdefault(seen.weight, set()).add(seen.kind in IN_FIRST)
-    parameters = {name: value for name, value in model.named_parameters() if name in kinds and value.requires_grad}
+    used, turned = {seen.weight for seen in taps.calls}, {seen.weight for seen in taps.calls if seen.other}
+    parameters = {name: value for name, value in model.named_parameters() if name in used and value.requires_grad}
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if values and parameters:
         found = torch.autograd.grad(values, list(parameters.values()), allow_unused=True)
     return [
         name
         for (name, _), gradient in zip(parameters.items(), found, strict=True)
-        if (gradient is not None or len(kinds[name]) > 1)
-        and any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
+        if (gradient is not None or name in turned) and any(kept.size(dim.axis) != dim.size for dim in graph.dims[name])
     ]
 
 
