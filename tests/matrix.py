@@ -32,7 +32,7 @@ COLAB = (
 """What Colab brings beside PyTorch, at its versions, and papermill, which plays the reader."""
 SPREAD = (
     *("tests/tracing/test_trace.py", "tests/surgery/test_surgery.py", "tests/criteria/test_criteria.py"),
-    *("tests/planning/test_plan.py", "tests/planning/test_cost.py", "tests/io/test_io.py"),
+    *("tests/planning/test_plan.py", "tests/io/test_io.py", "tests/planning/test_cost.py"),
     *("tests/curvature/test_collect.py", "tests/course/test_colab.py"),
     "notebooks/00_tour.ipynb",
 )

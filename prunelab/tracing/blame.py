@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 _OURS = str(Path(__file__).parent.parent)
-_RUNS = (str(Path(_OURS, "tracing")), str(Path(_OURS, "replay")))
+_RUNS = (str(Path(_OURS, "tracing")), str(Path(_OURS, "surgery", "rebuilt")))
 _OTHERS = (str(Path(torch.__file__).parent), *_RUNS)
 """Where code lives that no user wrote."""
-_STARTS = (str(Path(_OURS, "tracing", "trace.py")), str(Path(_OURS, "replay", "tape.py")))
+_STARTS = (str(Path(_OURS, "tracing", "trace.py")), str(Path(_OURS, "surgery", "rebuilt", "tape.py")))
 
 _APART = (
     "put that code behind a flag that is off while you trace and cut, or trace a part of the model that does without "

@@ -20,7 +20,7 @@ class Product(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, way: str) -> None:
         super().__init__()
-        self.weight, self.bias, self.way = nn.Parameter(torch.empty(inputs, outputs)), None, way
+        self.weight, self.bias, self.way = nn.Parameter(torch.randn(inputs, outputs)), None, way
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:

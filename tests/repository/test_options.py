@@ -219,7 +219,7 @@ X = torch.ones(1, 6)
             "`evaluate` must return metrics by name, .* or one number; it returned None",
         ),
         ({"evaluate": lambda model: {"accuracy": [1]}}, r"its metric 'accuracy' is \[1\]"),
-        ({"criterion": 3}, "There is no criterion 3; there are random"),
+        ({"criterion": 3}, "There is no criterion 3; there are bn_scale"),
         ({"criterion": nn.Linear}, "There is no criterion <class"),
         ({"state": 3}, "`state` must be the path of a folder, got 3"),
         ({"progress": "yes"}, "`progress` must be True or False"),

@@ -79,7 +79,7 @@ def test_only_graphs_can_be_scored(name):
 
 
 def test_unknown_criteria_and_options_list_what_there_is():
-    with pytest.raises(pl.OptionError, match="There is no criterion 'bnscale'; there are random, magnitude, bn_scale"):
+    with pytest.raises(pl.OptionError, match="There is no criterion 'bnscale'; there are bn_scale, eigendamage"):
         pl.criteria.get("bnscale")
     with pytest.raises(pl.OptionError, match="'obd' has no option 'fishr'; its options are .*fisher"):
         pl.criteria.get("obd", fishr="mc")

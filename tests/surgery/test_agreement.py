@@ -26,9 +26,9 @@ def test_values_that_differ_are_refused_by_the_first_call_that_differs(monkeypat
         if not target[2].weight.is_meta and type(target[2].weight) is nn.Parameter:
             target[2].weight.data.mul_(1.5)
 
-    module = sys.modules["prunelab.surgery.apply"]
-    cut = module._cut  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "_cut", spoilt)
+    module = sys.modules["prunelab.surgery.cut"]
+    cut = module.cut_down  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "cut_down", spoilt)
     with pytest.raises(pl.PlanError, match=r"first in `linear` in `2`.*differs from that of pl.masked"):
         pl.apply(model, plan, backend="module")
     with pytest.raises(pl.PlanError, match="nothing was cut"):
