@@ -18,7 +18,7 @@ from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.criteria.base import Criterion, Scores
 from prunelab.curvature.second.double_backward import twice_differentiable
 from prunelab.curvature.second.unit_slopes import UnitSlopes
-from prunelab.curvature.second.vjp import HessianPart, leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import HessianPart, differentiable, half_batches, output_gradients, vjp
 from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import BatchError
@@ -99,7 +99,7 @@ class Quadratic(Criterion, name="quadratic"):
         bar = tqdm(desc="quadratic", unit="unit", delay=2, leave=False, disable=not self.progress, total=0)
         with no_checkpoints(graph.model, "quadratic"), evaluating(graph.model), bar:
             part: HessianPart = "gauss_newton" if self.curvature == "ggn" else "exact"
-            for number, batch in pieces(graph.model, given, "quadratic", self.loss, part):
+            for number, batch in half_batches(graph.model, given, "quadratic", self.loss, part):
                 bar.total += sum(group.size for group in graph.groups)
                 if together is None:
                     together = UnitSlopes(graph.model, graph.groups, batch)
@@ -148,21 +148,21 @@ class Quadratic(Criterion, name="quadratic"):
         s = torch.ones(group.size, dtype=like.dtype, device=like.device, requires_grad=True)
         with twice_differentiable(), replaced(model, scaled(parameters, group, s)):
             outputs = batch.picked(call(model, batch.inputs))
-        tensors = leaves(outputs)
-        ends, found = slopes(outputs, batch)
+        tensors = differentiable(outputs)
+        ends, found = output_gradients(outputs, batch)
         values, backs = tensors, [slope.detach() for slope in found]
         if part == "exact":
             values = [batch.value(outputs) * batch.total]
             backs = [torch.ones_like(values[0])]
-        (gradient,) = pulled(values, [s], backs, on=part != "gauss_newton")
+        (gradient,) = vjp(values, [s], backs, create_graph=part != "gauss_newton")
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
-        (back,) = pulled(tensors, [s], dummies, on=True) if part == "gauss_newton" else (gradient,)
+        (back,) = vjp(tensors, [s], dummies, create_graph=True) if part == "gauss_newton" else (gradient,)
 
         def curvature(step: Tensor) -> Tensor:
             if part != "gauss_newton":
-                return (pulled([back], [s], [step])[0] * step).sum()
-            along = pulled([back], dummies, [step])
-            return sum_of_products(along, pulled(found, ends, along))
+                return (vjp([back], [s], [step])[0] * step).sum()
+            along = vjp([back], dummies, [step])
+            return sum_of_products(along, vjp(found, ends, along))
 
         rows = list(each(curvature, torch.eye(group.size, dtype=s.dtype, device=s.device), self.chunk, bar))
         return torch.stack([gradient.detach(), torch.cat(rows)])

@@ -4,6 +4,6 @@ from prunelab.curvature.gradient import mean_gradient
 from prunelab.curvature.statistics.collect import statistics_for
 from prunelab.curvature.statistics.kronecker import Eigenbasis, Factors
 from prunelab.curvature.statistics.statistics import Statistics
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 
-__all__ = ["Eigenbasis", "Factors", "LayerCall", "Statistics", "Taps", "mean_gradient", "statistics_for"]
+__all__ = ["Eigenbasis", "Factors", "LayerCall", "LayerCalls", "Statistics", "mean_gradient", "statistics_for"]

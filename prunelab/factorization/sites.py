@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 from prunelab.errors import BatchError
 from prunelab.factorization.bottleneck import Bottleneck, BottleneckAttention, parts_of, refusal
 from prunelab.runtime.switches import without_data
@@ -135,7 +135,7 @@ def uses(
         layer.register_forward_hook(partial(watch.leave, name), with_kwargs=True)
     args, kwargs = fakes.fake_inputs(inputs, mode, model)
     try:
-        with without_data(), mode, Answering(mode), Taps(model.eval(), before=watch.before, keep=False):
+        with without_data(), mode, Answering(mode), LayerCalls(model.eval(), before=watch.before, keep=False):
             model(*args, **kwargs)
     except Exception as error:
         raise BatchError(f"{type(model).__name__} cannot run on the example inputs: {error}") from error

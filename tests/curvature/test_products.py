@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.curvature.statistics.collect import collect
-from prunelab.curvature.watching.layer_calls import Taps
+from prunelab.curvature.watching.layer_calls import LayerCalls
 from prunelab.surgery.silence import masked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*samples are too few")
@@ -60,7 +60,7 @@ def both(request) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
 def test_products_are_recorded_with_input_and_output():
     torch.manual_seed(0)
     model, x = Net("addmm"), torch.randn(2, 5, 6)
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         model(x)
     assert [(call.weight, call.kind, call.view.out_dim, call.bias) for call in taps.calls] == [
         (f"{name}.weight", "linear", 1, f"{name}.bias") for name in ("first", "second", "head")
@@ -72,7 +72,7 @@ def test_products_are_recorded_with_input_and_output():
 
 def test_what_is_no_layer_is_left_alone():
     model, x = nn.Linear(3, 3, bias=False), torch.randn(3, 3)
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         for found, wanted in (
             (x @ x, torch.mm(x, x)),
             (torch.addmm(x, x, x), x + torch.matmul(x, x)),

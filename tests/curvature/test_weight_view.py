@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunelab.curvature.watching.layer_calls import Taps
+from prunelab.curvature.watching.layer_calls import LayerCalls
 from prunelab.curvature.watching.weight_view import WeightView
 
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -83,7 +83,7 @@ def test_a_layer_multiplies_by_the_matrices_of_its_weight(name):
 def test_taps_say_how_the_weight_of_a_call_is_laid_out(name):
     function, view, options, weight, x = setting(name)
     model = nn.ParameterDict({"weight": weight})
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         function(x, model["weight"], **options, **({"groups": view.groups} if view.kernel else {}))
     assert [call.view for call in taps.calls] == [view]
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from prunelab.batches import Batch, call
 from prunelab.batches.trees import tree_map
 from prunelab.curvature.second.dual_mode import Duals, pair
-from prunelab.curvature.second.vjp import finite, leaves, pulled, slopes
+from prunelab.curvature.second.vjp import differentiable, finite, output_gradients, vjp
 from prunelab.errors import BatchError
 from prunelab.runtime.devices import raise_out_of_memory
 from prunelab.runtime.isolation import replaced
@@ -58,15 +58,15 @@ def along(
             outputs, moved = _pushed(model, named, directions, batch)
             if _has_more_than_outputs(outputs, batch):
                 return None
-            ends, found = slopes(outputs, batch)
+            ends, found = output_gradients(outputs, batch)
             values, backs = [], []
             if part != "functional":
-                values += leaves(outputs)
-                backs += pulled(found, ends, [value.detach() for value in moved])
+                values += differentiable(outputs)
+                backs += vjp(found, ends, [value.detach() for value in moved])
             if part != "gauss_newton":
                 values += moved
                 backs += [slope.detach() for slope in found]
-            product = pulled(values, parameters, backs, last=True)
+            product = vjp(values, parameters, backs, free_graph=True)
             return product if all(map(finite, product)) else None
     except (BatchError, RuntimeError, TypeError, ValueError, IndexError) as error:
         raise_out_of_memory(error)  # any other way takes more
@@ -85,7 +85,7 @@ def _pushed(
         with plain_attention, Duals(known), replaced(model, duals):
             outputs = batch.picked(call(model, batch.inputs))
         plain = tree_map(lambda leaf: pair(leaf)[0] if isinstance(leaf, Tensor) else leaf, outputs)
-        moved = [pair(leaf)[1] for leaf in leaves(outputs)]
+        moved = [pair(leaf)[1] for leaf in differentiable(outputs)]
     if any(value is None for value in moved):
         raise BatchError("Outputs have gradients, but no derivative along the direction.")
     return plain, [value for value in moved if value is not None]

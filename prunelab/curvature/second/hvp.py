@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from prunelab.batches import Batch, Batches, Loss
 from prunelab.curvature.second.double_backward import twice_differentiable
 from prunelab.curvature.second.dual import along
-from prunelab.curvature.second.vjp import PARTS, HessianPart, check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import (
+    PARTS,
+    HessianPart,
+    check_finite,
+    check_part,
+    differentiable,
+    half_batches,
+    output_gradients,
+    vjp,
+)
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.errors import PruneLabError
 from prunelab.options import whole
@@ -118,7 +127,7 @@ def product(
         parameters: list[Tensor] = [named[name] for name in vectors]
         for parameter in named.values():
             parameter.requires_grad_(any(parameter is chosen for chosen in parameters))
-        for number, batch in pieces(model, batches, "a curvature product", loss, part):
+        for number, batch in half_batches(model, batches, "a curvature product", loss, part):
             found: list[Tensor] | None = None
             if dual:
                 moves = {name: value[0] for name, value in zip(vectors, directions, strict=True)}
@@ -175,23 +184,23 @@ def _add(
 
 def _multiplier(outputs: Any, batch: Batch, part: str, parameters: list[Tensor]) -> Multiply:
     """Return the product of one batch's summed curvature with directions."""
-    tensors = leaves(outputs)
-    ends, found = slopes(outputs, batch)
+    tensors = differentiable(outputs)
+    ends, found = output_gradients(outputs, batch)
     if part == "gauss_newton":
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
-        back = pulled(tensors, parameters, dummies, on=True)
+        back = vjp(tensors, parameters, dummies, create_graph=True)
 
         def gauss_newton(v: list[Tensor], last: bool) -> list[Tensor]:
-            along = pulled(back, dummies, v, last=last)  # frees the graph of Jᵀu, not that of the outputs
-            return pulled(tensors, parameters, pulled(found, ends, along), last=last)
+            along = vjp(back, dummies, v, free_graph=last)  # frees the graph of Jᵀu, not that of the outputs
+            return vjp(tensors, parameters, vjp(found, ends, along), free_graph=last)
 
         return gauss_newton
     values, backs = tensors, [slope.detach() for slope in found]
     if part == "exact":
         values = [batch.value(outputs) * batch.total]
         backs = [torch.ones_like(values[0])]
-    gradient = pulled(values, parameters, backs, on=True)
-    return lambda v, last: pulled(gradient, parameters, v, last=last)
+    gradient = vjp(values, parameters, backs, create_graph=True)
+    return lambda v, last: vjp(gradient, parameters, v, free_graph=last)
 
 
 def _each_direction(

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from prunelab.batches import Batch, Batches, Loss, call
 from prunelab.curvature.second.double_backward import CONVOLUTIONS, Rewrite, twice_differentiable
-from prunelab.curvature.second.vjp import HessianPart, check_finite, check_part, leaves, pieces, pulled, slopes
+from prunelab.curvature.second.vjp import (
+    HessianPart,
+    check_finite,
+    check_part,
+    differentiable,
+    half_batches,
+    output_gradients,
+    vjp,
+)
 from prunelab.errors import PruneLabError
 from prunelab.runtime.isolation import evaluating, replaced
 from prunelab.runtime.switches import undisturbed
@@ -54,7 +62,7 @@ def pair_matrix(
     with evaluating(model):
         for parameter in named.values():
             parameter.requires_grad_(False)
-        for number, batch in pieces(model, batches, "layer_pairs", loss, part):
+        for number, batch in half_batches(model, batches, "layer_pairs", loss, part):
             with torch.enable_grad():
                 scales = [torch.ones((), dtype=like.dtype, device=like.device, requires_grad=True) for _ in names]
                 outputs = _run(model, named, dict(zip(names, scales, strict=True)), batch)
@@ -65,19 +73,19 @@ def pair_matrix(
 
 
 def _pairs(outputs: Any, batch: Batch, part: str, scales: list[Tensor]) -> Tensor:
-    tensors = leaves(outputs)
-    ends, found = slopes(outputs, batch)
+    tensors = differentiable(outputs)
+    ends, found = output_gradients(outputs, batch)
     if part == "gauss_newton":
         dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in tensors]
-        rows = [pulled([row], dummies, [torch.ones_like(row)]) for row in pulled(tensors, scales, dummies, on=True)]
-        bent = [pulled(found, ends, row) for row in rows]
+        rows = [vjp([row], dummies, [torch.ones_like(row)]) for row in vjp(tensors, scales, dummies, create_graph=True)]
+        bent = [vjp(found, ends, row) for row in rows]
         return _stacked(rows) @ _stacked(bent).T
     values, backs = tensors, [slope.detach() for slope in found]
     if part == "exact":
         values = [batch.value(outputs) * batch.total]
         backs = [torch.ones_like(values[0])]
-    gradient = pulled(values, scales, backs, on=True)
-    return torch.stack([torch.stack(pulled([row], scales, [torch.ones_like(row)])) for row in gradient])
+    gradient = vjp(values, scales, backs, create_graph=True)
+    return torch.stack([torch.stack(vjp([row], scales, [torch.ones_like(row)])) for row in gradient])
 
 
 def _stacked(rows: list[list[Tensor]]) -> Tensor:

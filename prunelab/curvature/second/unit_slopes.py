@@ -21,7 +21,7 @@ from prunelab.batches import Batch
 from prunelab.batches.mean_check import check_mean
 from prunelab.curvature.fisher import columns, slopes
 from prunelab.curvature.watching.layer_calls import KINDS, LayerCall
-from prunelab.curvature.watching.other_calls import AffineTaps
+from prunelab.curvature.watching.parameter_calls import ParameterCalls
 from prunelab.curvature.watching.samples import Layout, Routes, routes
 from prunelab.errors import BatchError
 from prunelab.tracing.groups import Group, Member
@@ -140,7 +140,7 @@ class UnitSlopes:
             terms.extend(found)
             return call.output.clone() if self.copies and found and call.output is not None else None
 
-        with torch.enable_grad(), AffineTaps(self.model, before, after, keep=False, cut=True):
+        with torch.enable_grad(), ParameterCalls(self.model, before, after, keep=False, cut=True):
             outputs = batch.run(self.model)
         if any(term.values._version != term.version for term in terms):
             self.copies = True  # what a layer gave was changed in place

@@ -47,7 +47,7 @@ def check_finite(names: Any, values: list[Tensor], number: int) -> None:
             raise BatchError(f"The curvature in `{name}` is not finite in batch {number}: check its inputs.")
 
 
-def pieces(
+def half_batches(
     model: nn.Module, batches: Batches | None, what: str, loss: Loss, part: HessianPart = "exact"
 ) -> Iterator[tuple[int, Batch]]:
     """Yield every batch in halves, with its number: a second derivative keeps twice what a first one does.
@@ -71,12 +71,12 @@ def pieces(
                 yield number, half
 
 
-def leaves(outputs: Any) -> list[Tensor]:
+def differentiable(outputs: Any) -> list[Tensor]:
     """Return the outputs that depend on the parameters."""
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def slopes(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+def output_gradients(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the outputs, cut off from the model, and the slopes of the summed loss in them, on a graph of their own.
 
     Args:
@@ -96,8 +96,13 @@ def slopes(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return ends, list(torch.autograd.grad(batch.summed(again), ends, create_graph=True, materialize_grads=True))
 
 
-def pulled(
-    values: Sequence[Tensor], ends: Sequence[Tensor], vectors: Sequence[Tensor], *, last: bool = False, on: bool = False
+def vjp(
+    values: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    free_graph: bool = False,
+    create_graph: bool = False,
 ) -> list[Tensor]:
     """Return ``Σ_k ∂(value_k · v_k)/∂end`` for every end; zeros where nothing leads there.
 
@@ -105,12 +110,14 @@ def pulled(
         values: what is differentiated.
         ends: with respect to what.
         vectors: one like each value.
-        last: whether the graph is not needed any more.
-        on: whether the result is differentiated further.
+        free_graph: whether the graph is not needed any more.
+        create_graph: whether the result is differentiated further.
     """
     pairs = [(value, v) for value, v in zip(values, vectors, strict=True) if value.requires_grad]
     if not pairs:
         return [torch.zeros_like(end) for end in ends]
     used, backs = zip(*pairs, strict=True)
-    keep = on or not last
-    return list(torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=on, materialize_grads=True))
+    keep = create_graph or not free_graph
+    return list(
+        torch.autograd.grad(used, ends, backs, retain_graph=keep, create_graph=create_graph, materialize_grads=True)
+    )

@@ -3,8 +3,8 @@
 A layer is a matrix times columns: the rows of its input for a linear layer, patches for a convolution.  With U the
 columns of all samples and positions and a constant one below each, the moment is C = E[u uᵀ], ``[n + 1, n + 1]``.
 
-Flows in: the layer calls that ``Taps`` sees.  Flows out: one ``InputMoment`` per weight.  Notebook 11_compensation
-derives their use.
+Flows in: the layer calls that ``LayerCalls`` sees.  Flows out: one ``InputMoment`` per weight.  Notebook
+11_compensation derives their use.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from prunelab.curvature.statistics.kronecker import Factors
 from prunelab.curvature.statistics.statistics import Statistics
 from prunelab.curvature.watching.checkpoints import no_checkpoints
 from prunelab.curvature.watching.layer_calls import LayerCall
-from prunelab.curvature.watching.other_calls import AffineTaps
+from prunelab.curvature.watching.parameter_calls import ParameterCalls
 from prunelab.curvature.watching.samples import Layout, Routes, routes
 from prunelab.errors import BatchError
 from prunelab.options import module as a_module
@@ -116,7 +116,7 @@ class _Tape:
         self.listening, self.last = False, True
 
     def forward(self) -> Any:
-        with torch.enable_grad(), AffineTaps(self.model, after=self._ran, keep=False, cut=not self.sloping):
+        with torch.enable_grad(), ParameterCalls(self.model, after=self._ran, keep=False, cut=not self.sloping):
             return self.batch.run(self.model)
 
     def _ran(self, call: LayerCall) -> None:
@@ -217,7 +217,7 @@ def _routes(model: nn.Module, batch: Batch) -> Routes:
 
 def _not_finite(model: nn.Module, batch: Batch, number: int) -> BatchError:
     """Return the error that names the first layer with a number that is not finite: go through the batch once more."""
-    with torch.enable_grad(), AffineTaps(model, cut=True) as taps:
+    with torch.enable_grad(), ParameterCalls(model, cut=True) as taps:
         outputs = batch.run(model)
     for seen in taps.calls:
         for value, what in ((seen.input, "input"), (seen.output, "output")):

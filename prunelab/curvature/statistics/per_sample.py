@@ -49,7 +49,7 @@ def parts(call: LayerCall, layout: Layout, gradient: Tensor, weight: Tensor) -> 
     """Yield what a call adds to the gradients of its weight and its bias.
 
     Args:
-        call: as recorded by ``AffineTaps``.
+        call: as recorded by ``ParameterCalls``.
         layout: where its samples are.
         gradient: of its output, for the sum of the samples' losses.
         weight: the parameter.

@@ -1,8 +1,8 @@
-"""Taps: watch every layer call of a forward pass, with its input and its output, whatever module it happens in.
+"""Layer calls: every call of a layer in a forward pass, with its input and its output, whatever module it happens in.
 
-Flows in: a model; any forward pass inside ``with Taps(model) as taps``.  Flows out: ``taps.calls``, in the order in
-which they ran.  Module hooks see modules; curvature belongs to *weights*, which may be used by a bare ``F.linear``,
-several times, or slice by slice (the fused projection of ``nn.MultiheadAttention``).  So the taps sit on functions.
+Flows in: a model; any forward pass inside ``with LayerCalls(model) as seen``.  Flows out: ``seen.calls``, in the order
+in which they ran.  Module hooks see modules; curvature belongs to *weights*, which may be used by a bare ``F.linear``,
+several times, or slice by slice (the fused projection of ``nn.MultiheadAttention``).  So functions are watched.
 Notebook 07_kfac derives what is made of a call.
 """
 
@@ -60,13 +60,13 @@ class LayerCall:
         rows: which rows (dimension 0) of that parameter this call used; all, unless it took a slice.
         bias: name of the bias, if there is one and it is a parameter.
         kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``: what is computed.
-        view: how its weight is laid out; of parameters that are no layer's (see ``AffineTaps``) it says nothing.
+        view: how its weight is laid out; of parameters that are no layer's (see ``ParameterCalls``) it says nothing.
         input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
         output: what it gave; ``None`` as long as the call has not run.
         stride: one number per spatial dimension; empty for ``"linear"``.
         padding: the same, as are ``dilation`` and ``output_padding``.
         bias_rows: which entries of the bias were used.
-        plain: of a norm (see ``AffineTaps``), the norm without weight and bias; for an embedding, its options.
+        plain: of a norm (see ``ParameterCalls``), the norm without weight and bias; for an embedding, its options.
         edge: where the gradient of ``output`` is found, also if the model changed ``output`` in place afterwards:
             ``torch.autograd.grad(loss, [call.edge])``.  ``None`` when the output needs no gradient.
         other: whether this weight was used before in the other direction, as tied weights are.
@@ -100,8 +100,8 @@ def restored(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "view": WeightView(**about["view"]), **slices}
 
 
-class Taps(TorchFunctionMode):
-    """Record the layer calls of every forward pass that runs inside ``with Taps(model) as taps``.
+class LayerCalls(TorchFunctionMode):
+    """Record the layer calls of every forward pass that runs inside ``with LayerCalls(model) as seen``.
 
     Args:
         model: the network; calls whose weight is one of its parameters, or consecutive rows of one, are recorded.
@@ -110,14 +110,14 @@ class Taps(TorchFunctionMode):
         parameters: name -> tensor, in place of the model's own (``torch.func.functional_call``).
         keep: whether calls are kept in ``calls``; ``False`` where ``before`` and ``after`` are all that is wanted.
         cut: use copies of the weights in the recorded calls, so that gradients reach the outputs of the calls
-            (``edge``) but not the parameters; what still reaches a parameter goes past the taps.
+            (``edge``) but not the parameters; what still reaches a parameter goes past these calls.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> with Taps(model) as taps:
+        >>> with LayerCalls(model) as seen:
         ...     output = model(torch.ones(5, 3))
-        >>> [(call.weight, tuple(call.input.shape)) for call in taps.calls]
+        >>> [(call.weight, tuple(call.input.shape)) for call in seen.calls]
         [('0.weight', (5, 3)), ('2.weight', (5, 4))]
     """
 

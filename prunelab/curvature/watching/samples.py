@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunelab.batches import Batch, batch_of
 from prunelab.batches.trees import tree_leaves
 from prunelab.curvature.watching.layer_calls import LayerCall
-from prunelab.curvature.watching.other_calls import AffineTaps
+from prunelab.curvature.watching.parameter_calls import ParameterCalls
 from prunelab.errors import BatchError
 
 PROBES = 3
@@ -122,7 +122,7 @@ def routes(model: nn.Module, batch: Any) -> Routes:
     """
     batch = batch if isinstance(batch, Batch) else batch_of(batch)
     probe = batch.take([place % batch.size for place in range(PROBES)])
-    calls, gradients, reached = _look(model, probe, AffineTaps(model, cut=True))
+    calls, gradients, reached = _look(model, probe, ParameterCalls(model, cut=True))
     layouts = [_layout(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
     unclear = [
         place
@@ -141,8 +141,8 @@ def routes(model: nn.Module, batch: Any) -> Routes:
     return Routes(tuple(_identity(call) for call in calls), tuple(layouts), frozenset(rest))
 
 
-class _Shaken(AffineTaps):
-    """Taps that use other weights than the model's: its own with noise of the size of a fresh layer's."""
+class _Shaken(ParameterCalls):
+    """LayerCalls that use other weights than the model's: its own with noise of the size of a fresh layer's."""
 
     def _run(self, call: LayerCall, func: Callable[..., Any], given: dict[str, Any]) -> Tensor:
         weight = given["weight"].detach()
@@ -152,7 +152,7 @@ class _Shaken(AffineTaps):
 
 
 def _look(
-    model: nn.Module, probe: Batch, taps: AffineTaps
+    model: nn.Module, probe: Batch, taps: ParameterCalls
 ) -> tuple[list[LayerCall], list[Tensor | None], frozenset[str]]:
     """Return the calls, the gradients of their outputs from sample 1, and the parameters that these also reach."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -24,7 +24,7 @@ from prunelab.batches import Batch, call, checked
 from prunelab.curvature.statistics.factor_sums import key
 from prunelab.curvature.statistics.input_moments import columns, consumers, describe, matrix
 from prunelab.curvature.statistics.per_sample import as_float
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 from prunelab.errors import BatchError
 from prunelab.kept import Kept, masks
 from prunelab.plans import Plan
@@ -68,7 +68,7 @@ def refit_in_order(
     silent = masked(model, plan).eval()
     weights = {name: value.detach() for name, value in silent.named_parameters()}
     with evaluating(model), torch.no_grad():
-        with Taps(model) as taps:
+        with LayerCalls(model) as taps:
             call(model, held[0].inputs)
         uses = _uses(taps.calls, weights)
         tied = tied_weights(model, held[0].take([0]).inputs, graph, kept)
@@ -252,7 +252,7 @@ class _Work:
                 if number == last:
                     raise _Stop
 
-            with suppress(_Stop), Taps(model, after=count, keep=False):
+            with suppress(_Stop), LayerCalls(model, after=count, keep=False):
                 call(model, held.inputs)
 
     def _products(self, seen: LayerCall, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, call, checked
 from prunelab.curvature.statistics.factor_sums import key
 from prunelab.curvature.statistics.input_moments import MEMORY, InputMoment, describe, read, summed
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 from prunelab.errors import BatchError
 from prunelab.runtime.isolation import evaluating
 
@@ -47,6 +47,6 @@ def input_moments(
     with evaluating(model), torch.no_grad():
         for batch in checked(model, batches, "compensation", None):
             number += 1
-            with Taps(model, after=add_sum, keep=False):
+            with LayerCalls(model, after=add_sum, keep=False):
                 call(model, batch.inputs)
     return read(sums, meta)

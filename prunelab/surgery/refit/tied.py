@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunelab.batches import call, device_of
 from prunelab.batches.trees import tree_leaves, tree_map
-from prunelab.curvature.watching.layer_calls import Taps
+from prunelab.curvature.watching.layer_calls import LayerCalls
 from prunelab.errors import BatchError
 from prunelab.kept import Kept
 from prunelab.tracing.trace import DependencyGraph
@@ -31,7 +31,7 @@ def tied_weights(model: nn.Module, inputs: Any, graph: DependencyGraph, kept: Ke
         graph: of the model.
         kept: which entries of the graph's axes stay.
     """
-    with torch.enable_grad(), Taps(model, cut=True) as taps:
+    with torch.enable_grad(), LayerCalls(model, cut=True) as taps:
         outputs = tree_leaves(call(model, inputs))
         values = [leaf.abs().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
     used, turned = {seen.weight for seen in taps.calls}, {seen.weight for seen in taps.calls if seen.other}

@@ -1,7 +1,7 @@
-"""Taps on everything else that uses a parameter in a simple way: norms, embeddings, parameters added or multiplied.
+"""Calls of everything that uses a parameter in a simple way: layers, norms, embeddings, parameters added or multiplied.
 
-Flows in: a model.  Flows out: ``taps.calls`` as from ``Taps``, with more kinds.  Per-sample gradients need all of them,
-Kronecker factors only those of ``Taps``.
+Flows in: a model.  Flows out: ``calls`` as from ``LayerCalls``, with more kinds.  Per-sample gradients need all of
+them, Kronecker factors only those of ``LayerCalls``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 from prunelab.curvature.watching.weight_view import WeightView
 
 # function -> kind, names of its arguments.  Norms act on dimension 1, or on the last ones.
@@ -36,10 +36,10 @@ EXPANSIONS = {torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, t
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
-class AffineTaps(Taps):
-    """Taps that also record norms, embeddings, and parameters that are broadcast against something larger.
+class ParameterCalls(LayerCalls):
+    """LayerCalls that also record norms, embeddings, and parameters that are broadcast against something larger.
 
-    The kinds of calls besides those of ``Taps``:
+    The kinds of calls besides those of ``LayerCalls``:
 
     - ``"channel_norm"``, ``"last_norm"``: ``output = x̂ · weight + bias``, with ``plain()`` giving x̂; the weight
     belongs

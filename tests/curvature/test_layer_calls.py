@@ -1,4 +1,4 @@
-"""Taps: they see every use of a weight, change nothing, and tell enough to compute the call again."""
+"""LayerCalls: they see every use of a weight, change nothing, and tell enough to compute the call again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunelab.curvature.watching.layer_calls import LayerCall, Taps
+from prunelab.curvature.watching.layer_calls import LayerCall, LayerCalls
 from tests.cases import CASES, error
 
 
@@ -31,7 +31,7 @@ def again(model: nn.Module, call: LayerCall) -> torch.Tensor:
 )
 def test_a_recorded_call_can_be_computed_again(case):
     model, inputs = case.make()
-    with Taps(model) as taps, torch.no_grad():
+    with LayerCalls(model) as taps, torch.no_grad():
         found = model(inputs)
     with torch.no_grad():
         assert torch.equal(found, model(inputs))
@@ -65,7 +65,7 @@ class Layers(nn.Module):
 def test_options_come_in_numbers():
     torch.manual_seed(0)
     model, inputs = Layers().double(), torch.randn(2, 2, 9).double()
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         found = model(inputs)
     assert torch.equal(found, model(inputs))
     names = ["line.weight", "even.weight", "valid.weight", "mirror.weight", "back.weight", "volume.weight", "kernel"]
@@ -89,7 +89,7 @@ def test_the_slices_of_fused_attention_are_seen(kind, train):
         "cross": (query, other, third),
         "widths": (query, other, third),
     }[kind]
-    with torch.no_grad(), Taps(model) as taps:
+    with torch.no_grad(), LayerCalls(model) as taps:
         found = model(*given)[0]
     torch.testing.assert_close(found, model(*given)[0])
     for call in taps.calls:
@@ -108,7 +108,7 @@ def test_the_slices_of_fused_attention_are_seen(kind, train):
 def test_a_transformer_layer_in_eval_mode_is_seen_too():
     """In eval mode PyTorch would take a fused kernel in which no layer can be seen."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    with torch.no_grad(), Taps(layer) as taps:
+    with torch.no_grad(), LayerCalls(layer) as taps:
         layer(torch.randn(2, 3, 8))
     names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
     assert [call.weight for call in taps.calls] == names
@@ -117,7 +117,7 @@ def test_a_transformer_layer_in_eval_mode_is_seen_too():
 def test_tied_and_repeated_weights_are_named_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         model(model(torch.ones(1, 3)))
     assert [call.weight for call in taps.calls] == ["0.weight"] * 4
     assert [call.bias for call in taps.calls] == ["0.bias", "2.bias"] * 2
@@ -125,7 +125,7 @@ def test_tied_and_repeated_weights_are_named_once():
 
 def test_what_is_no_parameter_is_not_recorded():
     model = nn.Linear(3, 4)
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         F.linear(torch.ones(2, 3), torch.ones(4, 3))
         F.linear(torch.ones(2, 4), model.weight.t())
         F.linear(torch.ones(2, 3), 2 * model.weight)
@@ -147,7 +147,7 @@ def test_before_and_after_replace_what_goes_in_and_out():
         seen.append(call.weight)
         return call.output + 1 if call.weight == "1.weight" else None
 
-    with Taps(model, before, after, keep=False) as taps:
+    with LayerCalls(model, before, after, keep=False) as taps:
         found = model(inputs)
     torch.testing.assert_close(found, model(2 * inputs) + 1)
     assert seen == ["0.weight", "1.weight"] and not taps.calls
@@ -156,7 +156,7 @@ def test_before_and_after_replace_what_goes_in_and_out():
 def test_the_edge_gives_the_gradient_of_the_output_before_it_was_changed_in_place():
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), torch.randn(5, 3)
-    with Taps(model) as taps:
+    with LayerCalls(model) as taps:
         loss = model(inputs).square().sum()
     (found,) = torch.autograd.grad(loss, [taps.calls[0].edge])
     before = F.linear(inputs, model[0].weight, model[0].bias).detach().requires_grad_()
@@ -167,7 +167,7 @@ def test_the_edge_gives_the_gradient_of_the_output_before_it_was_changed_in_plac
 def test_another_set_of_parameters_can_be_watched():
     model = nn.Linear(3, 2)
     other = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    with Taps(model, parameters=other) as taps:
+    with LayerCalls(model, parameters=other) as taps:
         torch.func.functional_call(model, other, torch.ones(1, 3))
         model(torch.ones(1, 3))
     assert [call.weight for call in taps.calls] == ["weight"]
