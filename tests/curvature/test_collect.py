@@ -128,8 +128,12 @@ def test_what_does_not_belong_together_does_not_add_up():
     full = collect(model, batches, {"kronecker"}, factor="full")
     with pytest.raises(BatchError, match=r"`0.weight` do not add up"):
         full + collect(model, batches, {"kronecker"})
-    with pytest.raises(BatchError, match="no state of prunelab's statistics"):
+    with pytest.raises(BatchError, match="no state of this version's statistics: 'fisher' is missing"):
         Statistics.from_state_dict({"samples": 3})
+    older = copy.deepcopy(full.state_dict())
+    del older["meta"]["kronecker"]["0.weight"]["view"]
+    with pytest.raises(BatchError, match="'view' is missing. Collect them again"):
+        Statistics.from_state_dict(older)
 
 
 def state_of(model: nn.Module) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 from prunelab.batches import Batches, Loss
 from prunelab.curvature.statistics.accumulators import ACCUMULATORS
 from prunelab.curvature.statistics.kronecker import Factors
+from prunelab.curvature.watching.layer_calls import restored
 from prunelab.errors import BatchError
 from prunelab.runtime.stack import user_level
 
@@ -171,9 +172,14 @@ class Statistics:
         """
         try:
             named = {name: state[name] for name in ("samples", "fisher", "sums", "meta", "fixed")}
+            for about in (about for found in named["meta"].values() for about in found.values()):
+                if isinstance(about, Mapping) and "rows" in about:
+                    restored(about)
             return cls(**named, total=state.get("total"))
-        except (KeyError, TypeError) as error:
-            raise BatchError(f"This is no state of prunelab's statistics: {error} is missing.") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BatchError(
+                f"This is no state of this version's statistics: {error} is missing. Collect them again."
+            ) from error
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:
         """Return the statistics over the samples of all processes, the same numbers in each of them.
