@@ -64,7 +64,13 @@ def measure(name: str, setting: Setting, out: Path, kept: dict[str, Any]) -> Non
     unfinished = resumes and not kept["runs"].get(name, {}).get("finished", True)
     others = [row for row in kept["rows"] if row["table"] != name]
     start = time.perf_counter() - (kept["runs"][name]["seconds"] if unfinished else 0)
-    about = {"quick": setting.quick, "commit": commit(), "load": os.getloadavg()[0], "finished": False}
+    about = {
+        "quick": setting.quick,
+        "commit": commit(),
+        "processor": machine()["processor"],
+        "load": os.getloadavg()[0],
+        "finished": False,
+    }
     rows: list[dict[str, Any]] = []
     for row in tqdm(module.rows(replace(setting, known=tuple(before if unfinished else ()))), desc=name, unit="row"):
         rows.append({"table": name} | row)

@@ -140,7 +140,7 @@ def markdown(kept: dict[str, Any]) -> str:
 def _opening(kept: dict[str, Any]) -> Iterator[str]:
     machine = kept["machine"]
     yield (
-        f"`make bench` writes this page ([peers.json](peers.json) has every row). Machine: {machine['processor']}, "
+        f"`make bench` writes this page ([peers.json](peers.json) has every row). Machine: "
         f"{machine['cores']} cores, {machine['system']}, Python {machine['python']}"
         + (f", {machine['gpu']}" if "gpu" in machine else "; no GPU")
         + ". Versions: "
@@ -160,5 +160,5 @@ def _how(kept: dict[str, Any], name: str) -> str:
     flag = " --quick" if run.get("quick") else ""
     return (
         f"`python -m bench.peers.{name}{flag}`, {run.get('seconds', 0):.0f} s, commit {run.get('commit', 'unknown')}, "
-        f"load of the machine at its start {run.get('load', 0):.1f}."
+        f"{run.get('processor', 'unknown processor')}, load of the machine at its start {run.get('load', 0):.1f}."
     )
