@@ -29,6 +29,13 @@ nitpick_ignore_regex = [
     # Types of other libraries: their inventories would have to be downloaded.
     (r"py:.*", r"(torch|torchvision|numpy|np|pandas|pd|matplotlib|ipywidgets|PIL|nn|collections|typing|pathlib)\..*"),
     (r"py:.*", r"Nested"),
+    (r"py:.*", r"os\.PathLike"),
+    # The words that an option may be: the text of each option lists them.
+    (
+        r"py:.*",
+        r"(Reduction|Normalizer|Fisher|QuadraticForm|Curvature|Structure|Factor|Diagonal|Correction|Schedule)(Name)?",
+    ),
+    (r"py:.*", r"PlanOptions"),  # the keywords of plan
     (r"py:.*", r"t\.Any"),  # as traitlets writes it
     (r"py:.*", r"(Tensor|Module|Path|Figure|Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|ABC|NamedTuple)"),
 ]
