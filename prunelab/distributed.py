@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from prunelab.batches.reading import read
 from prunelab.batches.samples import length
-from prunelab.batches.task import Task
+from prunelab.batches.task import Task, Wrapped
 from prunelab.batches.trees import tree_map
 from prunelab.errors import BatchError, PlanError, PruneLabError
 from prunelab.options import module
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded:
+class Sharded(Wrapped):
     """Batches of which every process of a group holds its own share; to be given wherever batches are taken.
 
     What takes them must be called by all processes of the group.  Iterating over it gives the batches of all of them,

@@ -15,6 +15,12 @@ from torch import Tensor
 from prunelab.errors import BatchError
 
 
+class Wrapped:
+    """Batches around others, which may come with a task: ``distributed.Sharded``."""
+
+    batches: Iterable[Any]
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """Batches together with how they are read: give it wherever batches are taken.
@@ -60,8 +66,9 @@ class Task:
     def __post_init__(self) -> None:
         if isinstance(self.batches, Task):
             raise BatchError("Task takes the batches themselves, not a Task; one task says all.")
-        if _is_sharded(self.batches):
-            raise BatchError("Task takes the batches themselves, not a Sharded: write Sharded(Task(loader, …)).")
+        if isinstance(self.batches, Wrapped):
+            kind = type(self.batches).__name__
+            raise BatchError(f"Task takes the batches themselves, not a {kind}: write {kind}(Task(loader, …)).")
         for name in ("loss", "inputs", "targets", "outputs", "weights"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -74,10 +81,5 @@ class Task:
 
 def task_of(batches: Any) -> Task:
     """Return the task that batches come with, inside ``Sharded`` too; one that says nothing if there is none."""
-    inner = batches.batches if _is_sharded(batches) else batches
+    inner = batches.batches if isinstance(batches, Wrapped) else batches
     return inner if isinstance(inner, Task) else Task(())
-
-
-def _is_sharded(batches: Any) -> bool:
-    """Tell whether batches are ``prunelab.distributed.Sharded``, which is made of tasks."""
-    return any(f"{kind.__module__}.{kind.__name__}" == "prunelab.distributed.Sharded" for kind in type(batches).__mro__)

@@ -87,7 +87,7 @@ class RealAxes(TorchDispatchMode):
         self._modules = {id(module): name for name, module in model.named_modules()}
         axes = (dim.axis for dims in graph.dims.values() for dim in dims)
         twin, self.leaves = copies(axes, fixed=[group.axis for group in graph.groups])
-        held = named_tensors(model)
+        held = list(named_tensors(model))
         self._held = [tensor for _, tensor in held]  # a model may drop a buffer, and its id goes on
         for name, tensor in held:
             self._names[id(tensor)] = name

@@ -140,7 +140,7 @@ def _fake_model(model: nn.Module, mode: FakeMode) -> nn.Module:
     found = hooks.emptied(modules, memo)
     try:
         copied = _copy(model, [module for _, module in modules], memo)
-        copied = forget(copied) if any(_sets_mode(module) for _, module in modules) else copied
+        copied = forget(copied)
     except Exception as error:
         raise uncopied(model, error) from error
     hooks.fill(found, memo)
@@ -193,7 +193,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if kind is dict or kind is OrderedDict:
         memo[id(value)] = new = kind()
-        for key, part in value.items() if value else ():
+        for key, part in value.items():
             new[_copied(key, memo)] = _copied(part, memo)
         return new
     if kind is set and not value:
