@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunelab.batches import Batches, Loss
-from prunelab.criteria.base import GroupwiseCriterion, Normalizer, Reduction, Scores
+from prunelab.criteria.base import GroupwiseCriterion, Normalizer, Reduction, Scores, sum_by_unit
 from prunelab.curvature.gradient import mean_gradient
 from prunelab.curvature.second.hvp import self_product
 from prunelab.curvature.second.layer_pairs import pair_matrix
 from prunelab.curvature.second.vjp import HessianPart, check_part
 from prunelab.curvature.statistics.one_pass import model_of
 from prunelab.curvature.statistics.statistics import Statistics
+from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
 
@@ -23,8 +24,11 @@ from prunelab.tracing.trace import DependencyGraph
 class OBA(GroupwiseCriterion, name="oba"):
     """Score a weight by ``θ_k (Hθ)_k = Σ_l θ_k H_kl θ_l``, and a unit by the sum over all its weights.
 
-    This is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them went at
-    once.  For the loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k
+    The product is the weight's row in ``θᵀHθ``: its interactions with *all* weights of the network, as if all of them
+    went at once.  As published, what ranks is an absolute value: of a weight's product for single weights, and for a
+    unit of the sum over its slice of each member.  ``signed=True`` keeps the sign.
+
+    For the loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k
     ∂²f_k/∂θ²].
 
     With ``first_order`` the score is ``−θ_k g_k + ½ θ_k (Hθ)_k``: with δ = −θ, the weight's share in the quadratic
@@ -43,6 +47,7 @@ class OBA(GroupwiseCriterion, name="oba"):
         part: of the Hessian: ``"exact"``, all of it; ``"functional"``, what the published code computes on ReLU
             networks; or ``"gauss_newton"``.
         first_order: add the Taylor term, as above.
+        signed: keep the sign of the products, so that a unit whose product is negative goes first.
         loss: ``loss(outputs, targets)``, a mean over samples.
         group_reduction: see ``GroupwiseCriterion``, as all other options.
 
@@ -54,6 +59,7 @@ class OBA(GroupwiseCriterion, name="oba"):
     bias: bool = True
     part: HessianPart = "exact"
     first_order: bool = False
+    signed: bool = False
     loss: Loss = F.cross_entropy
 
     def __post_init__(self) -> None:
@@ -70,10 +76,19 @@ class OBA(GroupwiseCriterion, name="oba"):
         Raises:
             BatchError: batches are missing or do not fit the model.
         """
-        return self.reduce(graph, self.elementwise(graph.model, batches))
+        return self.reduce(graph, self._products(graph.model, batches))
 
     def elementwise(self, model: nn.Module, batches: Batches | Statistics | None = None) -> dict[str, Tensor]:
         """Return the score of every weight, a tensor like each parameter."""
+        products = self._products(model, batches)
+        return products if self.signed else {name: value.abs() for name, value in products.items()}
+
+    def member_scores(self, values: Mapping[str, Tensor], member: Member, size: int) -> Tensor:
+        """Return ``[size]``: the sum of every unit's products on one member, or its absolute value."""
+        summed = sum_by_unit(values[member.name], member, size)
+        return summed if self.signed else summed.abs()
+
+    def _products(self, model: nn.Module, batches: Batches | Statistics | None) -> dict[str, Tensor]:
         given = batches.batches if isinstance(batches, Statistics) else batches
         product = self_product(model, given, self.loss, part=self.part)
         theta = {name: value.detach() for name, value in model.named_parameters() if name in product}

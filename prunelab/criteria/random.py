@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from prunelab.batches import Batches
 from prunelab.criteria.base import Criterion, Scores
@@ -13,7 +14,7 @@ from prunelab.tracing.trace import DependencyGraph
 
 @dataclass
 class Random(Criterion, name="random"):
-    """Score every unit by a number drawn uniformly from [0, 1).
+    """Score every unit, or every weight, by a number drawn uniformly from [0, 1).
 
     In the quadratic model this keeps nothing.  Cost: none, no data are read.
 
@@ -33,3 +34,11 @@ class Random(Criterion, name="random"):
             {group.name: torch.rand(group.size, generator=generator, dtype=torch.float32) for group in graph.groups},
             str(self),
         )
+
+    def elementwise(self, model: nn.Module, batches: Batches | None = None) -> dict[str, Tensor]:
+        """Return a score for every weight, a tensor like each parameter; ``batches`` are not looked at."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            name: torch.rand(value.shape, generator=generator, dtype=torch.float32).to(value.device)
+            for name, value in model.named_parameters()
+        }

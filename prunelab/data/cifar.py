@@ -39,8 +39,8 @@ def cifar10(source: str | Path = "mini") -> CifarSplits:
     Args:
         source: ``"mini"``, 5,000 training and 2,000 test images that come with prunelab;
             ``"full"``, all 60,000, downloaded once by torchvision into ``$PRUNELAB_DATASETS`` or ``~/.cache/prunelab``
-            and checked; or a folder: one written by ``data/make_cifar10.py``, or one that torchvision's ``CIFAR10`` can
-            read.
+            and checked, unless ``data/make_cifar10.py`` has written them into the folder ``cifar10`` there;
+            or a folder: one written by ``data/make_cifar10.py``, or one that torchvision's ``CIFAR10`` can read.
 
     Raises:
         DataError: a file is missing or damaged, or cannot be downloaded; the message says what to do.
@@ -50,9 +50,9 @@ def cifar10(source: str | Path = "mini") -> CifarSplits:
     path("source", source)
     if source == "mini":
         return _read_sheets(root() / "cifar10-mini")
-    if source == "full":
+    if source == "full" and not (store() / "cifar10" / MANIFEST).is_file():
         return _read_torchvision("CIFAR10", store(), download=True)
-    folder = Path(source)
+    folder = store() / "cifar10" if source == "full" else Path(source)
     if (folder / MANIFEST).is_file():
         return _read_sheets(folder)
     return _read_torchvision("CIFAR10", folder, download=False)

@@ -61,23 +61,34 @@ class Homogeneous(nn.Module):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_weight_is_scored_by_its_row_of_the_quadratic_form(cnn, batches, part):
-    found = pl.criteria.OBA(part=part).elementwise(cnn, batches)
+    found = pl.criteria.OBA(part=part, signed=True).elementwise(cnn, batches)
     torch.testing.assert_close(flat(found), theta(cnn) * (matrix(part, cnn, batches) @ theta(cnn)))
 
 
 def test_the_first_order_term_makes_it_a_share_of_the_quadratic_model(cnn, batches):
     """Σ scores = gᵀδ + ½ δᵀHδ for δ = −θ: the sign of the Taylor term is that of δ."""
-    found = pl.criteria.OBA(first_order=True).elementwise(cnn, batches)
+    found = pl.criteria.OBA(first_order=True, signed=True).elementwise(cnn, batches)
     g, H, delta = flat(mean_gradient(cnn, batches)), exact.hessian(cnn, batches), -theta(cnn)
     torch.testing.assert_close(flat(found), g * delta + delta * (H @ delta) / 2)
     torch.testing.assert_close(flat(found).sum(), g @ delta + delta @ H @ delta / 2)
 
 
-def test_a_unit_is_scored_by_the_sum_over_its_weights(cnn, batches):
-    weights = pl.criteria.OBA().elementwise(cnn, batches)
-    wanted = weights["0.weight"].sum((1, 2, 3)) + weights["0.bias"] + weights["1.weight"] + weights["1.bias"]
-    found = pl.criteria.OBA()(pl.trace(cnn, batches[0][0]), batches)["0"]
-    torch.testing.assert_close(found, (wanted + weights["3.weight"].sum((0, 2, 3))).float())
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_unit_is_scored_by_the_sums_over_its_slices_and_in_absolute_values_unless_signed(cnn, batches, signed):
+    weights = pl.criteria.OBA(signed=True).elementwise(cnn, batches)
+    slices = [weights["0.weight"].sum((1, 2, 3)), weights["3.weight"].sum((0, 2, 3))]
+    slices += [weights[name] for name in ("0.bias", "1.weight", "1.bias")]
+    assert min(float(one.min()) for one in slices) < 0 < max(float(one.max()) for one in slices)
+    wanted = sum(one if signed else one.abs() for one in slices)
+    found = pl.criteria.get("oba", signed=signed)(pl.trace(cnn, batches[0][0]), batches)["0"]
+    torch.testing.assert_close(found, wanted.float())
+
+
+def test_as_published_the_score_of_a_weight_is_an_absolute_value(cnn, batches):
+    signed = pl.criteria.get("oba", signed=True).elementwise(cnn, batches)
+    assert min(float(value.min()) for value in signed.values()) < 0
+    for name, value in pl.criteria.get("oba").elementwise(cnn, batches).items():
+        torch.testing.assert_close(value, signed[name].abs())
 
 
 @pytest.mark.parametrize("convolution", [False, True])
@@ -91,7 +102,9 @@ def test_without_biases_and_norms_the_functional_part_is_the_taylor_term_again(d
     model = Homogeneous(widths, convolution).double()
     x = torch.randn(6, 1, 7, 7) if convolution else torch.randn(6, 5)
     batches = [(x.double(), torch.arange(6) % 3)]
-    functional, whole, bent = (pl.criteria.OBA(part=p).elementwise(model, batches) for p in PARTS[1::-1] + PARTS[2:])
+    functional, whole, bent = (
+        pl.criteria.OBA(part=p, signed=True).elementwise(model, batches) for p in PARTS[1::-1] + PARTS[2:]
+    )
     gradient = mean_gradient(model, batches)
     for name, value in model.named_parameters():
         taylor = value.detach() * gradient[name]
@@ -105,7 +118,10 @@ def test_with_biases_the_identity_fails_after_the_first_of_them(batches):
     torch.manual_seed(0)
     layers = nn.Flatten(), nn.Linear(18, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
     model = nn.Sequential(*layers).double()
-    found, gradient = pl.criteria.OBA(part="functional").elementwise(model, batches), mean_gradient(model, batches)
+    found, gradient = (
+        pl.criteria.OBA(part="functional", signed=True).elementwise(model, batches),
+        mean_gradient(model, batches),
+    )
     gap = {
         name: (found[name] - 2 * value.detach() * gradient[name]).abs().max()
         for name, value in model.named_parameters()
@@ -132,7 +148,7 @@ def test_pairs_of_layers_are_blocks_of_the_quadratic_form(cnn, batches, part):
 def test_the_rows_of_the_pairs_sum_to_the_scores_of_the_layers(cnn, batches, part):
     everything = [name for name, _ in cnn.named_parameters()]
     names, pairs = pl.criteria.layer_pairs(pl.trace(cnn, batches[0][0]), batches, part, names=everything)
-    scores = pl.criteria.OBA(part=part).elementwise(cnn, batches)
+    scores = pl.criteria.OBA(part=part, signed=True).elementwise(cnn, batches)
     torch.testing.assert_close(pairs.sum(1), torch.stack([scores[name].sum() for name in names]))
     torch.testing.assert_close(pairs, pairs.T)
 

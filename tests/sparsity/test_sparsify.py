@@ -216,7 +216,7 @@ def test_a_sparse_model_can_be_made_sparser_but_not_denser(net):
         assert not (mask_of(other, name).mask & ~mask_of(half, name).mask).any()
 
 
-ELEMENTWISE = {"magnitude": {"p": 1}, "taylor": {}, "obd": {}, "obs": {"damping": 0.1}, "oba": {}}
+ELEMENTWISE = {"magnitude": {"p": 1}, "taylor": {}, "obd": {}, "obs": {"damping": 0.1}, "oba": {}, "random": {}}
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
