@@ -71,7 +71,7 @@ test-browser: setup ## move every widget in JupyterLab, in a real browser; needs
 test-matrix: setup ## run the tests with the oldest and newest PyTorch, on Python 3.10 to 3.13; writes docs/matrix.md (hours)
 	@$(RUN) -m tests.matrix --jobs $(JOBS)
 
-papermill: setup ## run every notebook once more, with other parameters than its own
+papermill: setup ## run every notebook three times more: with other parameters, and with two other seeds
 	@$(RUN) -m prunelab.course.notebook vary notebooks/*.ipynb --out $(OUT)/varied
 
 claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md

@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 BOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
 ORDER = ["title", "learn", "setup-text", "setup", "parameters-text", "parameters", "validate"]
-LAST = ["publish", "exercises", "claims", "takeaways", "references"]
+LAST = ["publish", "exercises", "surprises", "references"]
+FORMER = ["publish", "exercises", "claims", "takeaways", "references"]  # until every chapter is in the second edition
 NB = pytest.mark.parametrize("name", list(BOOKS))
 
 
@@ -33,9 +34,9 @@ def headings(name: str) -> list[tuple[int, str]]:
 def test_the_order_of_the_cells_is_that_of_the_course(name):
     ids = [cell.id for cell in BOOKS[name].cells]
     assert ids[: len(ORDER)] == ORDER
-    assert [one for one in ids if one in LAST] == LAST
+    assert [one for one in ids if one in {*LAST, *FORMER}] in (LAST, FORMER)
     assert len(set(ids)) == len(ids)
-    assert 40 <= len(ids) <= 75
+    assert 30 <= len(ids) <= 80
 
 
 @NB
@@ -104,7 +105,6 @@ def test_it_has_a_widget_a_figure_before_it_and_an_assert(name):
 
 @NB
 def test_what_belongs_to_it_is_there(name):
-    assert (FOLDER / "solutions" / f"{name}.md").is_file()
     assert f"({name}.ipynb)" in (FOLDER / "README.md").read_text(encoding="utf-8")
     other = json.loads((FOLDER / "parameters" / f"{name}.json").read_text(encoding="utf-8"))
     (cell,) = [cell for cell in code(name) if "parameters" in cell.metadata.get("tags", ())]
@@ -117,6 +117,9 @@ def test_what_belongs_to_it_is_there(name):
 def test_the_list_of_claims_is_what_the_notebooks_say():
     listed = (FOLDER / "CLAIMS.md").read_text(encoding="utf-8")
     for name, book in BOOKS.items():
-        (cell,) = [cell for cell in book.cells if cell.id == "claims"]
+        assert f"## [{name}]({name}.ipynb)\n\n- " in listed
+        cell = next((cell for cell in book.cells if cell.id == "claims"), None)
+        if cell is None:  # the page itself is where the chapter's claims are
+            continue
         claims = cell.source.split("\n", 1)[1].strip()
         assert f"## [{name}]({name}.ipynb)\n\n{claims}\n" in listed, "run `make claims`"

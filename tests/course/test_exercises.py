@@ -6,33 +6,45 @@ import importlib
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 from prunelab.course.exercises import tour as exercises
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.md"))
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FOLDED = re.compile(r"<details><summary>Solution</summary>(.*?)</details>", re.DOTALL)
 
 
-@pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
-def test_the_solutions_are_right(path):
-    checkers = importlib.import_module(f"prunelab.course.exercises.{path.stem[3:]}")
+def solutions(name: str) -> dict:
+    """What the folded solutions of a notebook define, or those of its page of solutions."""
+    page = NOTEBOOKS / "solutions" / f"{name}.md"
+    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     found: dict = {}
-    for block in BLOCK.findall(path.read_text(encoding="utf-8")):
+    for block in BLOCK.findall(page.read_text("utf-8") if page.is_file() else "\n".join(FOLDED.findall(text))):
         exec(block, found)
-    for name in checkers.__all__:
-        verdict = getattr(checkers, name)(found[name])
-        assert verdict, verdict.message
-        assert verdict.message, "a right answer deserves a sentence too"
+    return found
 
 
-@pytest.mark.parametrize("path", SOLUTIONS, ids=[path.stem for path in SOLUTIONS])
-def test_an_empty_answer_is_told_to_replace_the_dots(path):
-    checkers = importlib.import_module(f"prunelab.course.exercises.{path.stem[3:]}")
-    for name in checkers.__all__:
-        verdict = getattr(checkers, name)(lambda *given: ...)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_solutions_are_right(name):
+    checkers, found = importlib.import_module(f"prunelab.course.exercises.{name[3:]}"), solutions(name)
+    for asked in checkers.__all__:
+        checker = getattr(checkers, asked)
+        for function in (found[asked], getattr(checker, "solution", found[asked])):
+            verdict = checker(function)
+            assert verdict, verdict.message
+            assert verdict.message, "a right answer deserves a sentence too"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_answer_is_told_to_replace_the_dots(name):
+    checkers = importlib.import_module(f"prunelab.course.exercises.{name[3:]}")
+    for asked in checkers.__all__:
+        verdict = getattr(checkers, asked)(lambda *given: ...)
         assert not verdict
         assert "replace the dots" in verdict.message
 

@@ -5,6 +5,6 @@ make.  There is one module for each notebook, with the notebook's name; solution
 ``notebooks/solutions``.
 """
 
-from prunelab.course.exercises.verdict import Verdict
+from prunelab.course.exercises.verdict import Verdict, bet, written
 
-__all__ = ["Verdict"]
+__all__ = ["Verdict", "bet", "written"]

@@ -1,11 +1,14 @@
-"""What a checker answers, and how most of them find it: try cases, compare with the truth, then with known mistakes."""
+"""What a checker answers, and how most of them find it: try cases, compare with the truth, then with known mistakes.
+
+``written`` takes the reader's function where a notebook needs it, ``bet`` the reader's guess.
+"""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,8 +48,94 @@ def answer_of(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Verdi
     except Exception as error:
         return None, Verdict(False, f"{call} raised {type(error).__name__}: {error}")
     if answer is None or answer is ...:
-        return None, Verdict(False, f"{call} returns nothing so far: replace the dots by your own lines.")
+        return None, Verdict(False, f"{call} {_EMPTY}: replace the dots by your own lines.")
     return answer, None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Exercise(Generic[Function]):
+    """A checker with the solution beside it; ``exercise(function)`` returns the verdict."""
+
+    def __init__(self, check: Callable[[Function], Verdict], solution: Function) -> None:
+        self._check, self.solution = check, solution
+        self.__name__, self.__doc__ = check.__name__, check.__doc__
+
+    def __call__(self, function: Function) -> Verdict:
+        return self._check(function)
+
+
+def solved_by(solution: Function) -> Callable[[Callable[[Function], Verdict]], Exercise[Function]]:
+    """Put a solution beside a checker, for ``written``."""
+    return lambda check: Exercise(check, solution)
+
+
+def written(function: Function, exercise: Exercise[Function]) -> Function:
+    """Return the function with which a notebook goes on: the reader's if it is right, else the solution.
+
+    What the checker found is shown, and so is whether the solution takes over.
+
+    Args:
+        function: of the reader; it returns ``...`` as long as it is not written.
+        exercise: checker and solution.
+
+    >>> @solved_by(lambda x: 2 * x)
+    ... def twice(function):
+    ...     return Verdict(False, "twice(3) returns nothing so far.")
+    >>> double = written(lambda x: ..., twice)
+    Not written yet: the solution runs instead.
+    >>> double(4)
+    8
+    """
+    verdict = exercise(function)
+    if _EMPTY in verdict.message:
+        print("Not written yet: the solution runs instead.")
+        return exercise.solution
+    print(verdict if verdict else f"{verdict}\nThe notebook goes on with the solution.")
+    return function if verdict else exercise.solution
+
+
+def bet(guess: object, truth: object, *, unit: str = "", close: float = 0.15) -> None:
+    """Print what a reader bet, what is true, and how far they are apart.
+
+    Args:
+        guess: of the reader; ``...`` as long as there is none.
+        truth: a number, or one of several words.
+        unit: what follows a number; ``"%"`` shows shares in percent.
+        close: distance from the truth, relative to it, up to which a number is called close.
+
+    >>> bet(0.4, 0.62, unit="%")
+    You said 40 %, measured is 62 %: too low.
+    >>> bet(..., "magnitude")
+    No bet. Measured: magnitude.
+    >>> bet("random", "magnitude")
+    You said random, measured is magnitude.
+    """
+    right = _told(truth, unit)
+    if guess is ... or guess is None:
+        print(f"No bet. Measured: {right}.")
+        return
+    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in (guess, truth)]
+    said = _told(guess, unit) if numbers[0] else str(guess)
+    if not all(numbers):
+        same = str(guess).strip().lower() == str(truth).strip().lower()
+        print(f"You said {said}, " + ("and that is right." if same else f"measured is {right}."))
+        return
+    gap = float(guess) - float(truth)  # type: ignore[arg-type]
+    near = abs(gap) <= close * abs(float(truth))  # type: ignore[arg-type]
+    print(f"You said {said}, measured is {right}: {'close' if near else 'too low' if gap < 0 else 'too high'}.")
+
+
+def _told(value: object, unit: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if unit == "%":
+        return f"{100 * value:.3g} %"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+_EMPTY = "returns nothing so far"
 
 
 def compare(
@@ -118,4 +207,4 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-__all__ = ["Verdict", "answer_of", "compare", "shown"]
+__all__ = ["Exercise", "Verdict", "answer_of", "bet", "compare", "shown", "solved_by", "written"]

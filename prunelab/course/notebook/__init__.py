@@ -5,6 +5,7 @@ a folder; ``save`` executes a notebook in place and cleans it, so that it can be
 a notebook and parameters.  Flows out: files.
 """
 
+from prunelab.course.notebook.machine import Machine, machine
 from prunelab.course.notebook.parameters import Between, validate
 from prunelab.course.notebook.progress import progress
 from prunelab.course.notebook.results import RESULT, publish_result, readable, result_of
@@ -14,7 +15,9 @@ from prunelab.course.notebook.save import clean, save
 __all__ = [
     "RESULT",
     "Between",
+    "Machine",
     "clean",
+    "machine",
     "progress",
     "publish_result",
     "readable",

@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     varying = commands.add_parser("vary", help="run notebooks with the other parameters that are kept for each")
     varying.add_argument("notebook", nargs="+")
     varying.add_argument("--out", default="out/varied", help="the folder (default: out/varied)")
+    varying.add_argument(
+        "--seeds", nargs="*", type=int, default=[2, 3], help="and with these seeds, else as they are (default: 2 3)"
+    )
     claiming = commands.add_parser("claims", help="print what notebooks say that they prove")
     claiming.add_argument("notebook", nargs="+")
     for command in (running, saving, varying):
@@ -80,10 +83,11 @@ def _vary_and_tell(args: argparse.Namespace) -> None:
         kept = notebook.parent / "parameters" / f"{notebook.stem}.json"
         if not kept.is_file():
             raise PruneLabError(f"There are no other parameters for {notebook}: write some into {kept}.")
-        start, given = time.perf_counter(), json.loads(kept.read_text(encoding="utf-8"))
-        run(notebook, args.out, given, timeout=args.timeout)
-        words = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        print(f"{notebook.stem} with {words}: {time.perf_counter() - start:.0f} s")
+        for given in [json.loads(kept.read_text(encoding="utf-8")), *({"seed": seed} for seed in args.seeds)]:
+            start = time.perf_counter()
+            run(notebook, args.out, given, timeout=args.timeout)
+            words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            print(f"{notebook.stem} with {words}: {time.perf_counter() - start:.0f} s")
 
 
 def _claims(args: argparse.Namespace) -> None:
