@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -204,10 +205,10 @@ class Snapshot:
         modules = [module for module in model.modules() if not type(module).__module__.startswith(_OTHERS)]
         self.attributes = [(vars(module), dict(vars(module))) for module in modules]
         self.containers: list[tuple[Any, Any]] = [
-            (value, type(value)(value) if type(value) is not defaultdict else dict(value))
+            (value, _copy_of(value) if value else ())
             for _, before in self.attributes
             for value in before.values()
-            if type(value) in (dict, OrderedDict, defaultdict, list, set)
+            if type(value) in _CONTAINERS
         ]
         self.buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in buffers]
 
@@ -216,7 +217,10 @@ class Snapshot:
         for now, before in self.attributes:
             _put_back(now, before)
         for value, content in self.containers:
-            if isinstance(value, list):
+            if not content:  # as most are, such as those for hooks
+                if value:
+                    value.clear()
+            elif isinstance(value, list):
                 if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
                     value[:] = content
             elif isinstance(value, set):
@@ -230,8 +234,17 @@ class Snapshot:
                     buffer.copy_(original)
 
 
+_CONTAINERS = {dict, OrderedDict, defaultdict, list, set}
+
+
+def _copy_of(value: Any) -> Any:
+    return dict(value) if type(value) is defaultdict else type(value)(value)
+
+
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
     """Make a dictionary hold the same objects as before, in the same order."""
+    if len(now) == len(before) and all(map(is_, now, before)) and all(map(is_, now.values(), before.values())):
+        return
     for key in now.keys() - before.keys():
         del now[key]
     for key, value in before.items():

@@ -95,11 +95,12 @@ class Call:
         out: Any,
         outputs: list[Tensor],
         strides: tuple[int, ...] = (),
+        given: list[Tensor] | None = None,
     ) -> None:
         self.recorder, self.func, self.out, self.outputs, self.strides = recorder, func, out, outputs, strides
         self.name, defaults = signature(func)
         self.values: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        self.tensors = tensors_in(self.values.values() if kwargs else args)
+        self.tensors = tensors_in(self.values.values()) if kwargs or given is None else given
         self.where = f"`{self.name}` in `{recorder.module or type(recorder.model).__name__}`"
 
     @property
@@ -157,7 +158,9 @@ class Op:
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     module: str
-    training: bool = False
+    training: bool
+    tensors: list[Tensor]
+    """All tensors among the arguments, lists included."""
 
     @property
     def place(self) -> str:
@@ -167,11 +170,6 @@ class Op:
     @property
     def name(self) -> str:
         return signature(self.func)[0]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, lists included."""
-        return tensors_in([*self.args, *self.kwargs.values()])
 
 
 class Integer(NamedTuple):
@@ -251,7 +249,7 @@ class Recorder(TorchDispatchMode):
         self.learned: list[str] = []
         self._names: dict[int, str] = {}
         self.modules = list(model.named_modules())
-        for name, tensor in named_tensors(model):
+        for name, tensor in _tensors_of(self.modules):
             why = None if tensor.is_floating_point() or tensor.is_complex() else NUMBERS
             self.parameters[name] = [Dim(leaf(n, why), frozenset([(name, d)])) for d, n in enumerate(tensor.shape)]
             self._names[id(tensor)] = name
@@ -317,6 +315,11 @@ class Recorder(TorchDispatchMode):
             module._forward_hooks[_OWN_HOOK] = leave
             module._forward_hooks_always_called[_OWN_HOOK] = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every call the guard against torch.compile, which never meets this mode: a thirtieth of a trace."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -324,26 +327,26 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "prim":  # where a tensor lies: nothing is computed
             return args[0].device if type(args[0]) is FakeTensor else func(*args, **kwargs)
         strides = args[0].stride() if func in RESTRIDES else ()
-        given = tensors_in([*args, *kwargs.values()])
+        given = tensors_in([*args, *kwargs.values()] if kwargs else args)
         answered = self._answer(func, args, kwargs, given) if asks(func) else None
         if answered is None:
             out = self._run(func, args, kwargs)
         else:
             args, out = answered
-        made = tensors_in([out])
+        made, taken = tensors_in([out]), given if answered is None else None
         self._known.note(func, args, kwargs, given, made)
         if self.held is not None:
-            self.held.append((func, args, kwargs, out, made, strides, self.module))
+            self.held.append((func, args, kwargs, out, made, strides, taken, self.module))
         elif made:
-            self._note(func, args, kwargs, out, made, strides)
+            self._note(func, args, kwargs, out, made, strides, taken)
         return out
 
     def note_held(self, held: list[tuple[Any, ...]]) -> None:
         """State the equations of calls that were held back."""
-        for func, args, kwargs, out, made, strides, module in held:
+        for func, args, kwargs, out, made, strides, given, module in held:
             self.stack.append(module)
             if made:
-                self._note(func, args, kwargs, out, made, strides)
+                self._note(func, args, kwargs, out, made, strides, given)
             self.stack.pop()
         self._freeze_looked_at()
 
@@ -355,9 +358,10 @@ class Recorder(TorchDispatchMode):
         out: Any,
         made: list[Tensor],
         strides: tuple[int, ...],
+        given: list[Tensor] | None,
     ) -> None:
         """State the equations of a call that made tensors, and put it on the tape."""
-        call = Call(self, func, args, kwargs, out, made, strides)
+        call = Call(self, func, args, kwargs, out, made, strides, given)
         self.sized = self.sized or self.sizes_matter(call)
         computed = False
         for tensor in call.tensors:
@@ -369,7 +373,7 @@ class Recorder(TorchDispatchMode):
         for tensor, dims in zip(call.outputs, self._rule(call), strict=True):
             if id(tensor) not in self._names:
                 self.know(tensor, [Dim(dim.axis) for dim in dims] if computed else dims)
-        self.tape.append(Op(func, args, kwargs, tuple(call.outputs), self.module, self.model.training))
+        self.tape.append(Op(func, args, kwargs, tuple(made), self.module, self.model.training, call.tensors))
 
     def _rule(self, call: Call) -> list[Dims]:
         """Return the dimensions of a call's outputs; where the rule fails, nothing that it touches may be cut."""
@@ -452,5 +456,14 @@ def held_as(model: nn.Module, tensor: Tensor) -> str | None:
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer once, by its first name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    return _tensors_of(list(model.named_modules()))
+
+
+def _tensors_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for store in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in getattr(module, store).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}" if path else name, tensor

@@ -8,6 +8,8 @@ costs prunable units, never a wrong cut.  Notebook 01_tracing walks through the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -237,8 +239,10 @@ def apply_rule(call: Call) -> list[Dims]:
         return whole(call)  # weight norm along no single row, or a normalisation of the user's own
     rule = _BY_NAME.get(name) or _BY_NAME.get(name.rstrip("_"))
     if rule is None:
-        if torch.Tag.pointwise in call.func.tags:
-            rule = pointwise
-        else:
-            rule = unknown if call.tensors else made
+        rule = pointwise if _is_pointwise(call.func) else unknown if call.tensors else made
     return rule(call)
+
+
+@cache
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags

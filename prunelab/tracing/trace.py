@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,12 +263,18 @@ def _run(copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: A
 
 def _used(tape: list[Op], results: list[Tensor]) -> set[int]:
     """Return the ``id`` of every tensor that the results depend on; operators that write in place count as used."""
-    used = {id(tensor) for tensor in results}
+    used = set(map(id, results))
     for op in reversed(tape):
-        if op.func._schema.is_mutable or any(id(tensor) in used for tensor in op.outputs):
-            used.update(id(tensor) for tensor in op.tensors)
-            used.update(id(tensor) for tensor in op.outputs)
+        made = list(map(id, op.outputs))
+        if not used.isdisjoint(made) or _writes(op.func):
+            used.update(made)
+            used.update(map(id, op.tensors))
     return used
+
+
+@cache
+def _writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
 
 
 def _run_at_another_size(
