@@ -1,12 +1,13 @@
 """Write where the repository is public into all places that need to know: ``python binder/address.py ADDRESS``.
 
 The place to look it up is ``[project.urls]`` in pyproject.toml.  From it follow the badges in README.md, which open the
-tour on Binder and on Colab, and ``REPOSITORY`` in the setup cell of every notebook.  Without an address there are none
-of these; a test compares them.  Saved outputs stay.
+tour on Binder and on Colab, those above the setup cell of every notebook, and ``REPOSITORY`` in that cell.  Without an
+address there are none of these; a test compares them.  Saved outputs stay.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,28 +17,28 @@ ROOT = Path(__file__).resolve().parents[1]
 TOUR = "notebooks/00_tour.ipynb"
 URLS = re.compile(r'\n\[project\.urls\]\nRepository = "([^"]*)"\n')
 BADGES = re.compile(r"(<!-- badges[^\n]*-->\n).*?(<!-- /badges -->)", re.DOTALL)
-SETUP = re.compile(r'(REPOSITORY = )\\"[^"]*\\"')
+SETUP = re.compile(r'(REPOSITORY = )"[^"]*"')
 
 
-def binder(address: str) -> str:
-    """Return the address at which Binder builds the repository and opens the tour in JupyterLab."""
+def binder(address: str, notebook: str = TOUR) -> str:
+    """Return the address at which Binder builds the repository and opens a notebook in JupyterLab."""
     github = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
     where = f"gh/{github[1]}" if github else f"git/{quote(address, safe='')}"
-    return f"https://mybinder.org/v2/{where}/HEAD?urlpath=lab/tree/{TOUR}"
+    return f"https://mybinder.org/v2/{where}/HEAD?urlpath=lab/tree/{notebook}"
 
 
-def colab(address: str) -> str | None:
-    """Return the address at which Colab opens the tour; it knows repositories on GitHub only."""
+def colab(address: str, notebook: str = TOUR) -> str | None:
+    """Return the address at which Colab opens a notebook; it knows repositories on GitHub only."""
     github = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
-    return f"https://colab.research.google.com/github/{github[1]}/blob/HEAD/{TOUR}" if github else None
+    return f"https://colab.research.google.com/github/{github[1]}/blob/HEAD/{notebook}" if github else None
 
 
-def badges(address: str) -> str:
-    """Return the lines between the marks in README.md: none without an address."""
+def badges(address: str, notebook: str = TOUR) -> str:
+    """Return the lines between the marks in README.md or a notebook: none without an address."""
     if not address:
         return ""
-    line = f"[![Open on Binder](https://mybinder.org/badge_logo.svg)]({binder(address)})"
-    if place := colab(address):
+    line = f"[![Open on Binder](https://mybinder.org/badge_logo.svg)]({binder(address, notebook)})"
+    if place := colab(address, notebook):
         line += f"\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({place})"
     return f"{line}\n"
 
@@ -46,6 +47,19 @@ def published(root: Path = ROOT) -> str:
     """Return the address that pyproject.toml names, or nothing."""
     found = URLS.search((root / "pyproject.toml").read_text(encoding="utf-8"))
     return found[1] if found else ""
+
+
+def _addressed(text: str, address: str, name: str) -> str:
+    """Return a notebook's file with badges above its setup cell, and the address in it."""
+    book = json.loads(text)
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if cell["id"] == "setup-text":
+            source = BADGES.sub(lambda found: found[1] + badges(address, name) + found[2], source)
+        elif cell["id"] == "setup":
+            source = SETUP.sub(lambda found: f'{found[1]}"{address}"', source, count=1)
+        cell["source"] = source.splitlines(keepends=True)
+    return json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def publish(address: str, root: Path = ROOT) -> None:
@@ -63,8 +77,7 @@ def publish(address: str, root: Path = ROOT) -> None:
     readme = (root / "README.md").read_text(encoding="utf-8")
     changed[root / "README.md"] = BADGES.sub(lambda found: found[1] + badges(address) + found[2], readme)
     for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        text = path.read_text(encoding="utf-8")
-        changed[path] = SETUP.sub(lambda found: f'{found[1]}\\"{address}\\"', text, count=1)
+        changed[path] = _addressed(path.read_text(encoding="utf-8"), address, f"notebooks/{path.name}")
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
 

@@ -15,7 +15,7 @@ from prunelab.course.notebook.save import LARGEST, MACHINE_PATH
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 BOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
-ORDER = ["title", "learn", "setup-text", "setup", "parameters-text", "parameters", "validate"]
+ORDER = ["title", "learn", "setup-text", "setup", "parameters", "validate"]
 LAST = ["publish", "exercises", "surprises", "references"]
 FORMER = ["publish", "exercises", "claims", "takeaways", "references"]  # until every chapter is in the second edition
 NB = pytest.mark.parametrize("name", list(BOOKS))

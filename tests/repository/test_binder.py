@@ -78,7 +78,10 @@ def test_an_address_is_written_everywhere_and_can_be_taken_back(copy, where):
     assert address.binder(where) in readme
     assert ("colab.research" in readme) == (where == GITHUB)
     for path in (copy / "notebooks").glob("*.ipynb"):
-        json.loads(path.read_text(encoding="utf-8"))
+        text = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.id == "setup-text")
+        if "<!-- badges" in text:
+            assert address.binder(where, f"notebooks/{path.name}") in text
+            assert ("colab.research" in text) == (where == GITHUB)
     if sys.version_info >= (3, 11):
         import tomllib
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, answer_of, compare, shown
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, shown, solved_by
 
 
+@solved_by(lambda kept_in, kept_out: kept_in * kept_out)
 def kept_flops(function: Callable[[float, float], float]) -> Verdict:
     """Check ``function(kept_in, kept_out)``: the share of a convolution's FLOPs that is left.
 
@@ -35,7 +36,7 @@ def kept_flops(function: Callable[[float, float], float]) -> Verdict:
     return compare(
         function,
         [(0.5, 0.75), (1.0, 0.25), (0.5, 0.5), (0.3, 0.9)],
-        lambda kept_in, kept_out: kept_in * kept_out,
+        kept_flops.solution,
         mistakes,
         praise="every pair of a kept input and a kept output channel costs the same, so the shares multiply.",
         hint="How many pairs of an input and an output channel are left?",
@@ -45,6 +46,19 @@ def kept_flops(function: Callable[[float, float], float]) -> Verdict:
 Removed = Mapping[str, Sequence[int]]
 
 
+def _lowest(scores: Mapping[str, Tensor], number: int, *, sign: int = 1, spare: bool = True) -> dict[str, list[int]]:
+    order = sorted(
+        (sign * value, name, unit) for name, row in scores.items() for unit, value in enumerate(row.tolist())
+    )
+    chosen: dict[str, list[int]] = {name: [] for name in scores}
+    for _, name, unit in order:
+        full = spare and len(chosen[name]) == len(scores[name]) - 1
+        if not full and sum(map(len, chosen.values())) < number:
+            chosen[name].append(unit)
+    return {name: sorted(units) for name, units in chosen.items()}
+
+
+@solved_by(_lowest)
 def lowest_units(function: Callable[[Mapping[str, Tensor], int], Removed]) -> Verdict:
     """Check ``function(scores, number)``: which units go when all groups compete.
 
@@ -69,18 +83,6 @@ def lowest_units(function: Callable[[Mapping[str, Tensor], int], Removed]) -> Ve
         call = f"for {shown(scores)} and number={number} it removes {found}, and {right} is right"
         return Verdict(False, f"{call}: {_why_not(found, scores, number)}")
     return Verdict(True, "the lowest scores of all groups go first, and no group loses its last unit.")
-
-
-def _lowest(scores: Mapping[str, Tensor], number: int, *, sign: int = 1, spare: bool = True) -> dict[str, list[int]]:
-    order = sorted(
-        (sign * value, name, unit) for name, row in scores.items() for unit, value in enumerate(row.tolist())
-    )
-    chosen: dict[str, list[int]] = {name: [] for name in scores}
-    for _, name, unit in order:
-        full = spare and len(chosen[name]) == len(scores[name]) - 1
-        if not full and sum(map(len, chosen.values())) < number:
-            chosen[name].append(unit)
-    return {name: sorted(units) for name, units in chosen.items()}
 
 
 def _why_not(found: dict[str, list[int]], scores: Mapping[str, Tensor], number: int) -> str:

@@ -8,11 +8,19 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, solved_by
 
 Pairs = Sequence[tuple[str, str]]
 
 
+def _closure(pairs: Pairs, start: str) -> set[str]:
+    found = {start}
+    for _ in pairs:
+        found |= {name for pair in pairs if found & set(pair) for name in pair}
+    return found
+
+
+@solved_by(_closure)
 def coupled(function: Callable[[Pairs, str], Collection[str]]) -> Verdict:
     """Check ``function(pairs, start)``: the names that go together with ``start``.
 
@@ -34,13 +42,6 @@ def coupled(function: Callable[[Pairs, str], Collection[str]]) -> Verdict:
     return Verdict(True, "equations are followed in both directions and to the end; that is what `find` does.")
 
 
-def _closure(pairs: Pairs, start: str) -> set[str]:
-    found = {start}
-    for _ in pairs:
-        found |= {name for pair in pairs if found & set(pair) for name in pair}
-    return found
-
-
 def _why_not_coupled(found: set[str], pairs: Pairs, start: str) -> str:
     neighbours = {name for pair in pairs if start in pair for name in pair}
     forward, once = {start}, {start}
@@ -59,16 +60,17 @@ def _why_not_coupled(found: set[str], pairs: Pairs, start: str) -> str:
     return "begin with the name, and add both ends of every pair that touches what you have, until nothing changes."
 
 
+def _head_rows(width: int, heads: int, head: int) -> Tensor:
+    return torch.arange(3 * width).view(3, heads, width // heads)[:, head].flatten()
+
+
+@solved_by(_head_rows)
 def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     """Check ``function(width, heads, head)``: the rows of a fused query-key-value weight that belong to one head.
 
     The weight has ``3 × width`` rows, viewed by the code as ``(3, heads, width // heads)``; asked for is an int64
     tensor of row numbers in ascending order.
     """
-
-    def truth(width: int, heads: int, head: int) -> Tensor:
-        return torch.arange(3 * width).view(3, heads, width // heads)[:, head].flatten()
-
     mistakes: dict[str, Callable[[int, int, int], Tensor]] = {
         "these are the head's queries alone; its keys and values lie in the second and the third part": (
             lambda width, heads, head: torch.arange(width).view(heads, -1)[head]
@@ -86,13 +88,19 @@ def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     return compare(
         function,
         [(8, 2, 1), (12, 3, 0), (12, 2, 1)],
-        truth,
+        _head_rows,
         mistakes,
         praise="three runs of consecutive rows, one each for its queries, its keys and its values.",
         hint="Number the rows from 0, view the numbers as the code views the rows, and pick the head.",
     )
 
 
+def _breakpoints(first: list[int], second: list[int]) -> list[int]:
+    ends = sorted({*accumulate(first), *accumulate(second)})
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@solved_by(_breakpoints)
 def breakpoints(function: Callable[[list[int], list[int]], Sequence[int]]) -> Verdict:
     """Check ``function(first, second)``: the segment sizes into which two sums of equal size refine each other."""
     for first, second in (([6, 4], [2, 8]), ([3, 3, 4], [5, 5]), ([7], [1, 6]), ([4, 4], [4, 4])):
@@ -103,12 +111,11 @@ def breakpoints(function: Callable[[list[int], list[int]], Sequence[int]]) -> Ve
             answer = answer.tolist()
         if isinstance(answer, str) or not isinstance(answer, Sequence):
             return Verdict(False, f"it should return a list of sizes, not {type(answer).__name__}.")
-        ends = sorted({*accumulate(first), *accumulate(second)})
-        right = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        right = _breakpoints(first, second)
         if list(answer) == right:
             continue
         call = f"for {first} and {second} it returns {list(answer)}, and {right} is right"
-        if list(answer) == ends:
+        if list(answer) == list(accumulate(right)):
             words = "these are the places where a segment ends; the sizes are the steps between them."
         elif list(answer) == right[:-1]:
             words = "the last segment is missing."

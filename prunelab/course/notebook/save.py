@@ -17,6 +17,8 @@ LARGEST = 600_000
 """Bytes that a saved notebook may have."""
 TORCH_LOG = re.compile(r"^[WI]\d{4} [\d:.]+ \d+ torch/.*\n?", re.MULTILINE)
 MACHINE_PATH = re.compile(r"(?<![\w.~$})/-])/(?:root|home|Users|tmp|work|workspace|mnt|opt|usr|var)/[\w.-]+")
+KEPT = ("tags", "jupyter", "cellView")
+"""Metadata of cells that belong to a notebook: the last two fold a cell's code in JupyterLab and on Colab."""
 NO_WIDGET = "(interactive: run this cell in Jupyter to get the slider)\n"
 
 
@@ -73,7 +75,7 @@ def clean(book: Any) -> None:
         "language_info": {"name": "python"},
     }
     for cell in book.cells:
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key in KEPT}
         if cell.cell_type == "code":
             cell.outputs = [kept for output in cell.outputs if (kept := _cleaned(output)) is not None]
 
