@@ -98,14 +98,23 @@ def test_the_two_gaussians_lie_inside_and_around():
     np.testing.assert_allclose(inside.max(0), 2 / np.sqrt([2.0, 1.0]), rtol=1e-3)
 
 
-def test_each_ranking_has_a_line_without_and_with_compensation():
+def test_pushed_draws_end_on_the_axis_or_on_the_ridge():
+    matrix = np.array([[2.0, 1.2], [1.2, 1.0]])
+    draws = np.array([[1.0, 0.5], [0.5, 1.0]])
+    stay, move = figures.two_gaussians(matrix, draws, (0.0, 0.0)).axes[1].lines[2:4]
+    np.testing.assert_allclose(stay.get_ydata(), [0.5, 1.0])
+    np.testing.assert_allclose(move.get_ydata(), [0.5 + 1.2, 1.0 + 0.6])
+
+
+def test_each_price_has_a_mark_for_each_way_in_each_layer():
     rows = [
-        {"ranking": name, "compensated": flag, "removed": 0.5, "error": place + 10 * flag}
-        for place, name in enumerate(figures.RANKINGS)
-        for flag in (False, True)
+        {"layer": layer, "order": order, "way": way, "lost": 0.1 * (place + 1) + draw / 100}
+        for layer in ("one", "two")
+        for order in ("magnitude", "OBD", "OBS")
+        for place, way in enumerate(("once", "again"))
+        for draw in (0, 1)
     ]
-    rows.append({"ranking": "greedy", "compensated": True, "removed": 0.5, "error": 7})
-    figure = figures.with_and_without(pd.DataFrame(rows), "error", label="error", top=50)
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0], [1], [2]]
-    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[10], [11], [12], [7]]
-    assert figure.axes[0].get_ylim() == (0, 50)
+    figure = figures.three_ways(pd.DataFrame(rows))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
+    marks = [line for line in figure.axes[0].lines if line.get_markersize() == 9]
+    assert all(list(line.get_ydata()) == pytest.approx([10.5, 20.5]) for line in marks) and len(marks) == 3

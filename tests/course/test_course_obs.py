@@ -108,11 +108,41 @@ def test_the_survivors_are_drawn_where_they_go():
     assert "<b>a</b> costs 1 nats by OBD" in caption and "28% of it" in caption and "b moves most" in caption
 
 
-def test_curves_show_what_was_measured():
-    table = pd.DataFrame(
-        {"method": ["obd", "obd", "obs"], "removed": [0.1, 0.5, 0.5], "train": [0.1, 0.3, 0.2], "test": [0.4, 0.6, 0.5]}
-    )
-    figure = figures.weight_by_weight(table, whole=0.1, top=1.0)
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert list(lines["OBD"]) == [0.1, 0.3] and list(lines["OBS, with compensation"]) == [0.2]
-    assert figure.axes[1].get_ylim() == (0, 1)
+def test_the_costs_of_the_survivors_are_on_a_logarithmic_axis():
+    figure, _ = figures.survivors(np.array([1.0, 0.5]), np.linalg.inv(H), 1, ["a", "b"])
+    assert figure.axes[1].get_xscale() == "log"
+
+
+def test_orders_have_colours_and_moves_have_lines():
+    rows = [("magnitude", "stay", 0.5), ("magnitude", "move", 0.2), ("magnitude", "move", 0.4), ("OBS", "move", 0.1)]
+    table = pd.DataFrame([{"layer": "one", "removed": 0.8, "order": o, "others": m, "loss": x} for o, m, x in rows])
+    figure = figures.order_or_move(table)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["magnitude, the others move"].get_ydata()) == pytest.approx([0.3])
+    assert lines["magnitude, the others stay"].get_linestyle() == "--"
+    assert lines["OBS, the others move"].get_linestyle() == "-"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda v, x, n: v + torch.outer(v @ x, v @ x) / (n + x @ v @ x), "it adds where"),
+        (lambda v, x, n: v - torch.outer(v @ x, v @ x) / (1 + x @ v @ x), "weight 1 instead of 1/N"),
+        (lambda v, x, n: v - torch.outer(v @ x, v @ x) / n, "out of the denominator"),
+        (lambda v, x, n: v - torch.outer(x, x) / n, "along V x"),
+        (lambda v, x, n: torch.linalg.inv(v) + torch.outer(x, x) / n, "not its inverse"),
+        (lambda v, x, n: v, "u = V x"),
+    ],
+)
+def test_mistakes_about_the_recursion_are_explained(attempt, words):
+    verdict = exercises.add_sample(attempt)
+    assert not verdict
+    assert words in verdict.message
+
+
+def test_the_recursion_over_samples_ends_at_the_inverse():
+    x = torch.randn(7, 4, dtype=torch.double)
+    inverse = torch.eye(4, dtype=torch.double) / 0.1
+    for sample in x:
+        inverse = exercises.add_sample.solution(inverse, sample, 7)
+    torch.testing.assert_close(inverse, torch.linalg.inv(x.T @ x / 7 + 0.1 * torch.eye(4, dtype=torch.double)))

@@ -1,4 +1,4 @@
-"""Checkers for the exercises of ``07_kfac``: coverage of pixels, the two factors, the cost of a channel."""
+"""Checkers for the exercises of ``07_kfac``: the two factors, coverage of pixels, the cost of a channel."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, solved_by
 
 
+def _coverage(
+    size: int, kernel: int, stride: int, padding: int, shift: int | None = None, pad: int | None = None
+) -> Tensor:
+    """Return the counts; ``shift`` is where the first patch begins, ``pad`` how much padding the number is made of."""
+    count = torch.zeros(size)
+    first = -padding if shift is None else shift
+    positions = (size + 2 * (padding if pad is None else pad) - kernel) // stride + 1
+    for position in range(positions):
+        start = first + position * stride
+        count[max(start, 0) : max(start + kernel, 0)] += 1
+    return count
+
+
+@solved_by(_coverage)
 def coverage_of(function: Callable[[int, int, int, int], Tensor]) -> Verdict:
     """Check ``function(size, kernel, stride, padding)``: how many patches see each pixel, ``[size]``."""
     mistakes: dict[str, Callable[..., Any]] = {
@@ -40,75 +54,111 @@ def coverage_of(function: Callable[[int, int, int, int], Tensor]) -> Verdict:
     )
 
 
-def _coverage(
-    size: int, kernel: int, stride: int, padding: int, shift: int | None = None, pad: int | None = None
-) -> Tensor:
-    """Return the counts; ``shift`` is where the first patch begins, ``pad`` how much padding the number is made of."""
-    count = torch.zeros(size)
-    first = -padding if shift is None else shift
-    positions = (size + 2 * (padding if pad is None else pad) - kernel) // stride + 1
-    for position in range(positions):
-        start = first + position * stride
-        count[max(start, 0) : max(start + kernel, 0)] += 1
-    return count
+def _factors(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return (s @ s.mT).mean(0), (a @ a.mT).mean(0) / a.shape[2]
 
 
-def kronecker_fisher(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    """Check ``function(a, g)``: S ⊗ A of inputs ``[n, positions, in]`` and gradients ``[n, positions, out]``."""
+@solved_by(_factors)
+def kronecker_factors(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Verdict:
+    """Check ``function(a, s)``: S, A of inputs ``[n, in, positions]`` and gradients ``[n, out, positions]``."""
     cases = [
         (
-            torch.tensor([[[1.0, 2.0], [0.0, 1.0]], [[2.0, 1.0], [3.0, 0.0]], [[1.0, -1.0], [2.0, 2.0]]]),
-            torch.tensor([[[1.0, -1.0], [2.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[-1.0, 2.0], [1.0, 0.0]]]),
+            torch.tensor([[[1.0, 0.0], [2.0, 1.0]], [[2.0, 3.0], [1.0, 0.0]], [[1.0, 2.0], [-1.0, 2.0]]]),
+            torch.tensor([[[1.0, 2.0], [-1.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[-1.0, 1.0], [2.0, 0.0]]]),
         ),
         (
-            torch.tensor([[[1.0], [2.0]], [[3.0], [1.0]]]),
-            torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[2.0, 1.0], [0.0, -1.0]]]),
+            torch.tensor([[[1.0, 2.0]], [[3.0, 1.0]]]),
+            torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [1.0, -1.0]]]),
         ),
     ]
+    answer, verdict = answer_of(function, *cases[0])
+    if verdict is not None:
+        return verdict
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        return Verdict(False, f"{function.__name__} should return two matrices, (S, A).")
 
-    def factors(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.einsum("npo,npq->oq", g, g) / len(g), torch.einsum("npi,npj->ij", a, a) / (len(a) * a.shape[1])
+    def product(a: Tensor, s: Tensor) -> Tensor:
+        return torch.kron(*function(a, s))
 
-    def right(a: Tensor, g: Tensor) -> Tensor:
-        return torch.kron(*factors(a, g))
+    def right(a: Tensor, s: Tensor) -> Tensor:
+        return torch.kron(*_factors(a, s))
 
-    def whole(a: Tensor, g: Tensor) -> Tensor:
-        rows = torch.einsum("npo,npi->noi", g, a).flatten(1)
+    def whole(a: Tensor, s: Tensor) -> Tensor:
+        rows = (s @ a.mT).flatten(1)
         return rows.mT @ rows / len(rows)
 
-    def summed_first(a: Tensor, g: Tensor) -> Tensor:
-        a, g = a.mean(1), g.sum(1)
-        return torch.kron(g.mT @ g / len(g), a.mT @ a / len(a))
-
-    def centred(a: Tensor, g: Tensor) -> Tensor:
-        middle = a.mean((0, 1))
-        return right(a - middle, g)
+    def summed_first(a: Tensor, s: Tensor) -> Tensor:
+        return right(a.mean(2, keepdim=True), s.sum(2, keepdim=True))
 
     mistakes: dict[str, Callable[..., Any]] = {
-        "the factors are in the wrong order: with the weight written row by row, S comes first": (
-            lambda a, g: torch.kron(factors(a, g)[1], factors(a, g)[0])
-        ),
+        "the factors are in the wrong order: return S first": lambda a, s: torch.kron(*_factors(a, s)[::-1]),
         "both factors sum over positions, so the product counts them twice: A is a mean over positions": (
-            lambda a, g: right(a, g) * a.shape[1]
+            lambda a, s: right(a, s) * a.shape[2]
         ),
-        "both factors average over positions, but the gradient of a sample is a sum over them: S sums": (
-            lambda a, g: right(a, g) / a.shape[1]
+        "both factors average over positions, but the gradient of an image is a sum over them: S sums": (
+            lambda a, s: right(a, s) / a.shape[2]
         ),
-        "it is summed over samples: divide both factors by their number": lambda a, g: right(a, g) * len(a) ** 2,
-        "this is the true block, which we want to get by without: no product of a and g is needed": whole,
+        "it is summed over images: divide both factors by their number": lambda a, s: right(a, s) * len(a) ** 2,
         "positions were added up before squaring; every position is an observation of its own": summed_first,
-        "the mean of the inputs was subtracted; A is a second moment, and the mean belongs to it": centred,
+        "the mean of the inputs was subtracted; A is a second moment, and the mean belongs to it": (
+            lambda a, s: right(a - a.mean((0, 2))[:, None], s)
+        ),
     }
-    return compare(
-        function,
+    product.__name__ = f"{function.__name__}, as S ⊗ A,"
+    verdict = compare(
+        product,
         cases,
         right,
         mistakes,
         praise="S sums over positions and A averages over them, and neither needs the other's data.",
-        hint="S is the mean over samples of Σ_p g_p g_pᵀ, A the mean over samples and positions of a_p a_pᵀ.",
+        hint="S is the mean over images of Σ_t s_t s_tᵀ, A the mean over images and positions of a_t a_tᵀ.",
+    )
+    for case in cases if verdict else ():
+        if not torch.allclose(torch.as_tensor(function(*case)[1]).to(case[0]), _factors(*case)[1], rtol=1e-4):
+            return Verdict(False, "S ⊗ A is right, but a factor moved from S to A: here S sums and A averages.")
+    return verdict
+
+
+def _block_price(z: Tensor, s: Tensor) -> Tensor:
+    return (z * s).sum(2).square().mean(0) / 2
+
+
+@solved_by(_block_price)
+def block_price(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """Check ``function(z, s)``: ``½ E[(Σ_t s_t z_t)²]`` per channel; both ``[n, out, positions]``."""
+    generator = torch.Generator().manual_seed(0)
+    cases = [tuple(torch.randn(2, *shape, generator=generator)) for shape in ((3, 2, 4), (2, 3, 5))]
+    mistakes: dict[str, Callable[..., Any]] = {
+        "every position is squared by itself; an image's gradient is a sum over positions, so add up first": (
+            lambda z, s: (z * s).square().sum(2).mean(0) / 2
+        ),
+        "the factor ½ of the quadratic model is missing": lambda z, s: 2 * _block_price(z, s),
+        "it averages over positions, but the gradient of an image is a sum over them": (
+            lambda z, s: _block_price(z, s) / z.shape[2] ** 2
+        ),
+        "it averages over images before it squares; that is the square of the mean gradient": (
+            lambda z, s: (z * s).sum(2).mean(0).square() / 2
+        ),
+        "it is summed over images: take the mean": lambda z, s: _block_price(z, s) * len(z),
+        "the two were squared apart, as if they were independent": (
+            lambda z, s: s.square().sum(2).mean(0) * z.square().mean((0, 2)) / 2
+        ),
+    }
+    return compare(
+        function,
+        cases,
+        _block_price,
+        mistakes,
+        praise="w_iᵀ Σ_t s_t a_tᵀ is Σ_t s_t z_t: one number per image and channel, squared and averaged.",
+        hint="For an image and a channel: add up s_t z_t over the positions. Square, take the mean over images, halve.",
     )
 
 
+def _kron_obs(W: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    return 0.5 * torch.einsum("oi,ij,oj->o", W, A, W) / torch.linalg.inv(S).diagonal()
+
+
+@solved_by(_kron_obs)
 def kron_obs_score(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, A, S)``: ``½ w_iᵀ A w_i / [S⁻¹]_ii`` for every row of ``W [out, in]``."""
     cases = [
@@ -127,11 +177,8 @@ def kron_obs_score(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verd
     def gram(W: Tensor, A: Tensor) -> Tensor:
         return torch.einsum("oi,ij,oj->o", W, A, W)
 
-    def right(W: Tensor, A: Tensor, S: Tensor) -> Tensor:
-        return 0.5 * gram(W, A) / torch.linalg.inv(S).diagonal()
-
     mistakes: dict[str, Callable[..., Any]] = {
-        "the factor ½ of the quadratic model is missing": lambda W, A, S: 2 * right(W, A, S),
+        "the factor ½ of the quadratic model is missing": lambda W, A, S: 2 * _kron_obs(W, A, S),
         "that is kron_obd, S_ii in place of 1/[S⁻¹]_ii: it leaves the other channels where they are": (
             lambda W, A, S: 0.5 * S.diagonal() * gram(W, A)
         ),
@@ -148,11 +195,11 @@ def kron_obs_score(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verd
     return compare(
         function,
         cases,
-        right,
+        _kron_obs,
         mistakes,
         praise="the other channels take over what they can, and S⁻¹ knows how much that is.",
         hint="(W @ A * W).sum(1) is w_iᵀ A w_i for every row; divide by the diagonal of the inverse of S.",
     )
 
 
-__all__ = ["coverage_of", "kron_obs_score", "kronecker_fisher"]
+__all__ = ["block_price", "coverage_of", "kron_obs_score", "kronecker_factors"]

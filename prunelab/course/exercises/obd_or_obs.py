@@ -7,9 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
+def _variances(hessian: Tensor, direction: str) -> Tensor:
+    return 1 / hessian.diagonal() if direction == "reverse" else torch.linalg.inv(hessian).diagonal()
+
+
+def _pair_cost(w: Tensor, h: Tensor, i: int, j: int) -> Tensor:
+    return (w[i] ** 2 * h[i, i] + w[j] ** 2 * h[j, j]) / 2 + w[i] * w[j] * h[i, j]
+
+
+def _flip(loose: float) -> float:
+    return float((1 - loose) ** 0.5)
+
+
+@solved_by(_variances)
 def factorial_variances(function: Callable[[Tensor, str], Tensor]) -> Verdict:
     """Check ``function(hessian, direction)``: variances ``[n]`` of the factorial Gaussian closest to N(w, H⁻¹).
 
@@ -45,20 +58,21 @@ def factorial_variances(function: Callable[[Tensor, str], Tensor]) -> Verdict:
     return compare(
         function,
         cases,
-        lambda h, d: wide(h) if d == "forward" else narrow(h),
+        _variances,
         mistakes,
         praise="reverse: the variance with all others held fixed, OBD; forward: with all others free, OBS.",
         hint="Set the derivative of the KL divergence in log σ_i² to zero.",
     )
 
 
-def pair_cost(function: Callable[[Tensor, Tensor, int, int], float]) -> Verdict:
+@solved_by(_pair_cost)
+def pair_cost(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> Verdict:
     """Check ``function(weights, hessian, i, j)``: ``½ δᵀHδ`` of removing two weights while all others stay."""
     mistakes: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
         "it leaves out the pair's own term: that sum is what OBD says, and it cannot see signs": (
             lambda w, h, i, j: (w[i] ** 2 * h[i, i] + w[j] ** 2 * h[j, j]) / 2
         ),
-        "h_ij stands in H twice, as h_ij and as h_ji, so its ½ cancels": lambda w, h, i, j: (
+        "h_ij is in H twice, as h_ij and as h_ji, so its ½ cancels": lambda w, h, i, j: (
             (w[i] ** 2 * h[i, i] + w[j] ** 2 * h[j, j] + w[i] * w[j] * h[i, j]) / 2
         ),
         "it takes absolute values of the weights; the sign of w_i w_j is what decides": lambda w, h, i, j: (
@@ -80,13 +94,14 @@ def pair_cost(function: Callable[[Tensor, Tensor, int, int], float]) -> Verdict:
     return compare(
         function,
         cases,
-        lambda w, h, i, j: (w[i] ** 2 * h[i, i] + w[j] ** 2 * h[j, j]) / 2 + w[i] * w[j] * h[i, j],
+        _pair_cost,
         mistakes,
         praise="two prices and a term whose sign no score of a single weight can know.",
         hint="Write out ½ δᵀHδ for a δ with two entries.",
     )
 
 
+@solved_by(_flip)
 def flipping_correlation(function: Callable[[float], float]) -> Verdict:
     """Check ``function(loose)``: from which correlation on OBS removes the correlated weights first.
 
@@ -103,7 +118,7 @@ def flipping_correlation(function: Callable[[float], float]) -> Verdict:
     return compare(
         function,
         [(0.3,), (0.5,), (0.8,)],
-        lambda loose: (1 - loose) ** 0.5,
+        _flip,
         mistakes,
         praise="½ (1 − ρ²) falls below ½ · loose; OBD's ranking has not moved at all.",
         hint="Invert [[1, ρ], [ρ, 1]] by hand. When is ½/[H⁻¹]_11 equal to ½ · loose?",

@@ -1,4 +1,4 @@
-"""Checkers for the exercises of ``05_obs``: the saliency, the move of the survivors, the downdate of the inverse."""
+"""Checkers for the exercises of ``05_obs``: saliency, move, the inverse sample by sample, its downdate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
 def _bowls(count: int = 3, n: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -18,6 +18,24 @@ def _bowls(count: int = 3, n: int = 4) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, generator=generator), one) for one in inverse]
 
 
+def _saliency(w: Tensor, v: Tensor) -> Tensor:
+    return w**2 / v.diagonal() / 2
+
+
+def _update(w: Tensor, v: Tensor, q: int) -> Tensor:
+    return -w[q] / v[q, q] * v[:, q]
+
+
+def _downdate(v: Tensor, q: int) -> Tensor:
+    return v - v[:, q, None] * v[q] / v[q, q]
+
+
+def _add_sample(v: Tensor, x: Tensor, number: int) -> Tensor:
+    u = v @ x
+    return v - torch.outer(u, u) / (number + x @ u)
+
+
+@solved_by(_saliency)
 def obs_saliency(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(weights, inverse)``: ``½ w_q²/[H⁻¹]_qq`` for weights ``[n]`` and H⁻¹ ``[n, n]``."""
     mistakes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -35,47 +53,73 @@ def obs_saliency(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     return compare(
         function,
         _bowls(),
-        lambda w, v: w**2 / v.diagonal() / 2,
+        _saliency,
         mistakes,
         praise="the price is w²/2 over the variance that the weight has when all others are free.",
         hint="Put the best δ into ½ δᵀHδ; most of it cancels.",
     )
 
 
+@solved_by(_update)
 def obs_update(function: Callable[[Tensor, Tensor, int], Tensor]) -> Verdict:
     """Check ``function(weights, inverse, q)``: the change δ ``[n]`` of all weights that removes weight q."""
-
-    def truth(w: Tensor, v: Tensor, q: int) -> Tensor:
-        return -w[q] / v[q, q] * v[:, q]
 
     def alone(w: Tensor, v: Tensor, q: int) -> Tensor:
         return torch.zeros_like(w).index_fill(0, torch.tensor([q]), float(-w[q]))
 
     mistakes: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-        "its sign is wrong: weight q grows instead of going to zero": lambda w, v, q: -truth(w, v, q),
+        "its sign is wrong: weight q grows instead of going to zero": lambda w, v, q: -_update(w, v, q),
         "only weight q moves; the others should make up for it": alone,
-        "these are the weights afterwards; their change δ is asked for": lambda w, v, q: w + truth(w, v, q),
+        "these are the weights afterwards; their change δ is asked for": lambda w, v, q: w + _update(w, v, q),
         "it does not divide by [H⁻¹]_qq, so weight q does not reach zero": lambda w, v, q: -w[q] * v[:, q],
         "it takes a column of H where a column of H⁻¹ is meant": lambda w, v, q: (
             -w[q] / torch.linalg.inv(v)[q, q] * torch.linalg.inv(v)[:, q]
         ),
-        "weight q itself does not move; its own entry of δ is −w_q": lambda w, v, q: truth(w, v, q) - alone(w, v, q),
+        "weight q itself does not move; its own entry of δ is −w_q": lambda w, v, q: _update(w, v, q) - alone(w, v, q),
     }
     return compare(
         function,
         [(w, v, q) for (w, v), q in zip(_bowls(), (0, 2, 3), strict=True)],
-        truth,
+        _update,
         mistakes,
         praise="a column of H⁻¹, scaled so that weight q lands on zero.",
         hint="δ is a multiple of column q of H⁻¹; which multiple makes δ_q = −w_q?",
     )
 
 
+@solved_by(_add_sample)
+def add_sample(function: Callable[[Tensor, Tensor, int], Tensor]) -> Verdict:
+    """Check ``function(inverse, x, number)``: the inverse of ``inverse⁻¹ + x xᵀ/number``, ``[n, n]``."""
+    mistakes: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+        "it adds where it should subtract: a sample makes H larger, and its inverse smaller": (
+            lambda v, x, n: 2 * v - _add_sample(v, x, n)
+        ),
+        "the sample enters with weight 1 instead of 1/N: N stands in the denominator in place of 1": (
+            lambda v, x, n: _add_sample(v, x, 1)
+        ),
+        "it leaves xᵀVx out of the denominator; that is right for a tiny sample only": (
+            lambda v, x, n: v - torch.outer(v @ x, v @ x) / n
+        ),
+        "it subtracts from the inverse what was added to H: x xᵀ/N; the inverse changes along V x": (
+            lambda v, x, n: v - torch.outer(x, x) / n
+        ),
+        "this is H with the sample, not its inverse": lambda v, x, n: torch.linalg.inv(v) + torch.outer(x, x) / n,
+    }
+    generator = torch.Generator().manual_seed(1)
+    samples = [(torch.randn(4, generator=generator), number) for number in (3, 1, 10)]
+    return compare(
+        function,
+        [(v, *sample) for (_, v), sample in zip(_bowls(), samples, strict=True)],
+        _add_sample,
+        mistakes,
+        praise="n² multiplications for a sample, and never an inversion; start it at I/λ.",
+        hint="With u = V x, subtract u uᵀ/(N + xᵀu).",
+    )
+
+
+@solved_by(_downdate)
 def downdate(function: Callable[[Tensor, int], Tensor]) -> Verdict:
     """Check ``function(inverse, q)``: H⁻¹ without weight q, ``[n, n]`` with zeros in its row and column."""
-
-    def truth(v: Tensor, q: int) -> Tensor:
-        return v - v[:, q, None] * v[q] / v[q, q]
 
     def blank(v: Tensor, q: int) -> Tensor:
         out = v.clone()
@@ -103,11 +147,11 @@ def downdate(function: Callable[[Tensor, int], Tensor]) -> Verdict:
     return compare(
         function,
         [(v, q) for (_, v), q in zip(_bowls(), (1, 0, 3), strict=True)],
-        truth,
+        _downdate,
         mistakes,
         praise="one step of Gaussian elimination, n² multiplications, and exact.",
         hint="Subtract a multiple of (column q)(row q), such that row and column q become zero.",
     )
 
 
-__all__ = ["downdate", "obs_saliency", "obs_update"]
+__all__ = ["add_sample", "downdate", "obs_saliency", "obs_update"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -42,34 +42,35 @@ def label_draws(errors: Sequence[float], empirical: float) -> Figure:
     return figure
 
 
-def block_beside(block: Tensor, product: Tensor, *, blocks: int, title: str = "") -> Figure:
-    """Draw a block of the Fisher, its Kronecker product and their difference, on one scale of colours.
+def block_beside(block: Tensor, product: Tensor, names: Sequence[str], *, title: str = "") -> Figure:
+    """Draw a block of the Fisher, its product, the product with the block's trace, and what is missing then.
 
     Args:
         block: ``[n, n]``.
         product: ``[n, n]``.
-        blocks: how many output channels there are: lines are drawn between their blocks.
+        names: of the output channels; lines are drawn between their blocks.
         title: of the figure.
     """
-    figure = picture(10.5, 3.7)
+    figure = picture(13, 4.1)
     limit = float(np.quantile(block.abs().numpy(), CLIPPED)) or 1.0
+    times = float(block.trace() / product.trace().clamp_min(1e-30))
+    scaled = times * product
+    panels = {"true block": block, "S ⊗ A": product, f"{times:.2g} · S ⊗ A": scaled, "true − scaled": block - scaled}
+    each = len(block) / len(names)
     image = None
-    panels = {"true block": block, "S ⊗ A": product, "difference": block - product}
     for place, (name, values) in enumerate(panels.items()):
-        axes = axes_of(
-            figure,
-            xlabel="number of the weight",
-            ylabel="number of the weight" if not place else "",
-            title=name,
-            place=131 + place,
-        )
+        axes = axes_of(figure, xlabel="", ylabel="", title=name, place=141 + place)
         image = axes.imshow(values.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
-        edges = np.arange(1, blocks) * len(block) / blocks - 0.5
-        axes.hlines(edges, -0.5, len(block) - 0.5, color=GREY, linewidth=0.5)
-        axes.vlines(edges, -0.5, len(block) - 0.5, color=GREY, linewidth=0.5)
+        edges = np.arange(1, len(names)) * each - 0.5
+        axes.hlines(edges, -0.5, len(block) - 0.5, color=INK, linewidth=0.8)
+        axes.vlines(edges, -0.5, len(block) - 0.5, color=INK, linewidth=0.8)
+        middles = (np.arange(len(names)) + 0.5) * each - 0.5
+        axes.set_xticks(middles, names)
+        axes.set_yticks(middles, names if not place else [""] * len(names), rotation=90, va="center")
+        axes.tick_params(length=0)
         axes.grid(False)
     assert image is not None
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, extend="both")
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, extend="both")
     bar.set_label("curvature (nats per squared weight)", fontsize=10.5)
     figure.suptitle(title, fontsize=12)
     return figure
@@ -92,60 +93,61 @@ def coverage_maps(counts: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def against_truth(truth: Tensor, scores: Mapping[str, Tensor]) -> Figure:
-    """Draw approximate costs of channels against their true ones, both on logarithmic axes.
+def ladder(table: pd.DataFrame) -> Figure:
+    """Draw, for each network, how prices order channels and how large they are, one assumption after the other.
 
     Args:
-        truth: ``[channels]``, positive, in nats.
-        scores: name -> ``[channels]``.
+        table: columns ``network``, ``draw``, ``layer``, ``assumed``, ``order`` (rank correlation with prices on other
+            images) and ``size`` (relative to the block on the same images).
     """
-    figure = picture(6.4, 5.2)
-    axes = axes_of(figure, xlabel="cost by the true block (nats)", ylabel="cost by an approximation (nats)")
-    low, high = float(truth.min()), float(truth.max())
-    axes.plot([low, high], [low, high], color=GREY, linewidth=1.5)
-    for (name, score), (color, marker) in zip(scores.items(), MARKS, strict=False):
-        axes.loglog(truth.numpy(), score.numpy(), marker, color=color, markersize=7, alpha=0.8, label=name)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=11)
+    names, steps = table["network"].unique(), list(table["assumed"].unique())
+    figure = picture(11.5, 7.6)
+    grid = figure.add_gridspec(2, len(names))
+    for column, name in enumerate(names):
+        part = table[table["network"] == name]
+        color, marker = MARKS[column % len(MARKS)]
+        for row, (value, label) in enumerate({"order": "rank correlation", "size": "size, of the block's"}.items()):
+            place = grid[row, column]
+            axes = axes_of(figure, xlabel="", ylabel="" if column else label, title="" if row else name, place=place)
+            layers = part.groupby(["assumed", "layer"])[value].mean()
+            draws = part.groupby(["assumed", "draw"])[value].agg("median" if row else "mean").groupby("assumed")
+            for number, step in enumerate(steps):
+                small = layers[step].to_numpy()
+                axes.plot(np.full(len(small), number), small, marker, color=color, markersize=4.5, alpha=0.35)
+            mean, deviation = draws.mean()[steps], None if row else draws.std()[steps].fillna(0)
+            axes.errorbar(range(len(steps)), mean, deviation, fmt=marker, color=color, markersize=10, capsize=4)
+            if row:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(-0.75, 1.05)
+            axes.axhline(row, color=GREY, linewidth=1)
+            axes.set_xticks(range(len(steps)), steps if row else [""] * len(steps), rotation=35, ha="right")
     return figure
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What one layer's factors and gradients are made of, image by image.
+def measured_block(block: Tensor, product: Tensor, layer: str, images: int) -> tuple[Figure, str]:
+    """Draw the block of a layer over some images beside its product: what the widget shows, with a caption in words.
 
-    Attributes:
-        gradients: ``[n, out · in]``, summed over positions.
-        outward: ``[n, out, out]``, ``Σ_q g_q g_qᵀ`` of every image.
-        inward: ``[n, in, in]``, the mean of ``a_q a_qᵀ`` over the positions of every image.
+    Args:
+        block: ``[n, n]``, of three outputs.
+        product: S ⊗ A of the same rows and columns.
+        layer: its name.
+        images: how many the two were measured on.
     """
-
-    gradients: Tensor
-    outward: Tensor
-    inward: Tensor
-
-    @classmethod
-    def of(cls, g: Tensor, a: Tensor) -> Recorded:
-        """Record gradients ``[n, out, positions]`` and inputs ``[n, in, positions]``."""
-        return cls((g @ a.mT).flatten(1), g @ g.mT, a @ a.mT / a.shape[2])
-
-    def blocks(self, images: int) -> tuple[Tensor, Tensor]:
-        """Return the true block and S ⊗ A over the first so many images, ``[out · in, out · in]`` each."""
-        rows = self.gradients[:images]
-        return rows.mT @ rows / len(rows), torch.kron(self.outward[:images].mean(0), self.inward[:images].mean(0))
-
-
-def recorded_block(recorded: Recorded, layer: str, images: int, labels: str) -> tuple[Figure, str]:
-    """Draw the block of a layer over some images beside its product: what the widget shows, with a caption in words."""
-    block, product = recorded.blocks(images)
-    error = float((block - product).norm() / block.norm())
-    cosine = float((block * product).sum() / block.norm() / product.norm())
-    size = float(product.trace() / block.trace())
+    error = float((block - product).norm() / block.norm().clamp_min(1e-30))
+    cosine = float((block * product).sum() / (block.norm() * product.norm()).clamp_min(1e-30))
+    size = float(product.trace() / block.trace().clamp_min(1e-30))
     words = (
-        f"<b>{layer}</b>, {images} images, {labels} labels: relative error {error:.2f}, cosine {cosine:.2f}; "
-        f"the trace of S ⊗ A is {size:.2f} times the true one. "
-        f"Rank of the true block: at most {min(images, len(block))} of {len(block)}."
+        f"<b>{layer}</b>, {images} images: relative error {error:.2f}, cosine {cosine:.2f}; the trace of S ⊗ A is "
+        f"{size:.2f} times the true one. Rank of the true block: {_rank(block)} of {len(block)}; of the product: "
+        f"{_rank(product)}."
     )
-    return block_beside(block, product, blocks=recorded.outward.shape[1], title=f"{layer}, {images} images"), words
+    figure = block_beside(block, product, ["1st output", "2nd", "3rd"], title=f"{layer}, {images} images")
+    return figure, words
 
 
-__all__ = ["Recorded", "against_truth", "block_beside", "coverage_maps", "label_draws", "recorded_block"]
+def _rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix.double(), hermitian=True, rtol=1e-6))
+
+
+__all__ = ["block_beside", "coverage_maps", "label_draws", "ladder", "measured_block"]

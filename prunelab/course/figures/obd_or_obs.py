@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, axes_of, picture
 
 RANKINGS = {
-    "obd": ("OBD's ranking", GREEN, "D"),
-    "obs": ("OBS's ranking", PURPLE, "v"),
+    "obd": ("OBD", GREEN, "D"),
+    "obs": ("OBS", PURPLE, "v"),
     "magnitude": ("magnitude", BLUE, "o"),
 }
 """Ranking -> label, colour, marker."""
@@ -28,8 +28,8 @@ def two_gaussians(matrix: np.ndarray, samples: np.ndarray, weights: Sequence[flo
         samples: of the posterior, ``[n, 2]``.
         weights: its mean.
     """
-    figure = picture(6.6, 6.0)
-    axes = axes_of(figure, xlabel="first weight", ylabel="second weight")
+    figure = picture(11.2, 6.0)
+    axes = axes_of(figure, xlabel="first weight", ylabel="second weight", place=121)
     axes.plot(*samples.T, ".", color=GREY, markersize=2.5, alpha=0.5)
     angle = np.linspace(0, 2 * np.pi, 200)
     circle = 2 * np.stack([np.cos(angle), np.sin(angle)])
@@ -41,16 +41,30 @@ def two_gaussians(matrix: np.ndarray, samples: np.ndarray, weights: Sequence[flo
     axes.plot(*(center + np.sqrt(wide)[:, None] * circle), color=PURPLE, linewidth=2.4, linestyle="-.")
     axes.plot(*center, "o", color=INK, markersize=8)
     axes.set_aspect("equal")
+    pushed = axes_of(figure, xlabel="first weight, pushed to zero", ylabel="", place=122)
+    pushed.plot(*(center + np.linalg.cholesky(covariance) @ circle), color=INK, linewidth=2)
+    few = samples[:150]
+    sideways = np.linspace(0.03, 0.22, len(few))
+    slid = few[:, 1] + matrix[0, 1] / matrix[1, 1] * few[:, 0]
+    pushed.axvline(0, color=INK, linewidth=1)
+    pushed.plot(-sideways, few[:, 1], ".", color=GREEN, markersize=5)
+    pushed.plot(sideways, slid, ".", color=PURPLE, markersize=5)
+    pushed.plot(*center, "o", color=INK, markersize=8)
+    pushed.sharey(axes)
+    pushed.sharex(axes)
+    pushed.set_aspect("equal")
     handles = [
         Line2D([], [], color=INK, linewidth=2, label="posterior"),
         Line2D([], [], color=GREEN, linestyle="--", linewidth=2.4, label="reverse KL: 1/h, OBD"),
         Line2D([], [], color=PURPLE, linestyle="-.", linewidth=2.4, label="forward KL: [H⁻¹], OBS"),
+        Line2D([], [], color=GREEN, marker=".", linestyle="", label="the other stays"),
+        Line2D([], [], color=PURPLE, marker=".", linestyle="", label="the other moves"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=11)
     return figure
 
 
-def example(rho: float, loose: float = 0.3) -> np.ndarray:
+def _example(rho: float, loose: float = 0.3) -> np.ndarray:
     """Return H of four weights: two with curvature 1 and correlation ``rho``, two alone with curvature ``loose``."""
     matrix = np.diag([1.0, 1.0, loose, loose])
     matrix[0, 1] = matrix[1, 0] = rho
@@ -65,7 +79,7 @@ def flip(rho: float, sign: int, loose: float = 0.3) -> tuple[Figure, str]:
         sign: of the second weight, 1 or -1; all others are 1.
         loose: curvature of the other two.
     """
-    matrix, weights = example(rho, loose), np.array([1.0, sign, 1.0, 1.0])
+    matrix, weights = _example(rho, loose), np.array([1.0, sign, 1.0, 1.0])
     scores = {"obd": weights**2 * np.diag(matrix) / 2, "obs": weights**2 / np.diag(np.linalg.inv(matrix)) / 2}
     figure = picture(10.4, 4.0)
     axes = axes_of(figure, xlabel="weight", ylabel="score", title="what each ranking says", place=121)
@@ -76,7 +90,7 @@ def flip(rho: float, sign: int, loose: float = 0.3) -> tuple[Figure, str]:
     axes.set_ylim(0, 0.8)
     axes.legend(frameon=False, fontsize=11, loc="upper right")
     pairs = list(combinations(range(4), 2))
-    costs = [pair_cost(weights, matrix, pair) for pair in pairs]
+    costs = [_pair_cost(weights, matrix, pair) for pair in pairs]
     chosen = {name: tuple(sorted(np.argsort(values, kind="stable")[:2].tolist())) for name, values in scores.items()}
     bars = axes_of(figure, xlabel="pair removed", ylabel="true cost ½ δᵀHδ", title="what is true", place=122)
     bars.bar(range(len(pairs)), costs, 0.6, color=PALE, edgecolor=GREY)
@@ -87,7 +101,7 @@ def flip(rho: float, sign: int, loose: float = 0.3) -> tuple[Figure, str]:
         place = pairs.index(pair)
         lift = 0.1 if name == "obd" or chosen["obd"] != pair else 0.24
         bars.plot(
-            place, costs[place] + lift, marker, color=color, markersize=10, linestyle="", label=f"choice of {label}"
+            place, costs[place] + lift, marker, color=color, markersize=10, linestyle="", label=f"the choice of {label}"
         )
     bars.legend(frameon=False, fontsize=11)
     best = min(costs)
@@ -101,49 +115,40 @@ def flip(rho: float, sign: int, loose: float = 0.3) -> tuple[Figure, str]:
     return figure, f"ρ = {rho:.2f}: {'; '.join(words)}; {others}; the cheapest pair costs {best:.2f}."
 
 
-def pair_cost(weights: np.ndarray, matrix: np.ndarray, pair: Sequence[int]) -> float:
+def _pair_cost(weights: np.ndarray, matrix: np.ndarray, pair: Sequence[int]) -> float:
     """Return ``½ δᵀHδ`` for δ = −w on the pair, 0 elsewhere."""
     delta = np.zeros(len(weights))
     delta[list(pair)] = -weights[list(pair)]
     return float(delta @ matrix @ delta / 2)
 
 
-def with_and_without(table: pd.DataFrame, column: str, *, label: str, top: float | None = None) -> Figure:
-    """Draw a measurement against the share of weights removed, for each ranking without and with compensation.
+def three_ways(table: pd.DataFrame) -> Figure:
+    """Draw the error of layers that were pruned by three prices, each used in three ways.
 
     Args:
-        table: columns ``ranking`` (see ``RANKINGS``), ``compensated`` (bool), ``removed`` (share) and the measurement.
-        column: the measurement.
-        label: of the vertical axes, with its unit.
-        top: where they end.
+        table: columns ``layer`` (a panel each), ``order`` (see ``RANKINGS``), ``way`` and ``lost``, a share; several
+            rows of one kind are draws.
     """
-    figure = picture(10.4, 4.2)
-    for place, (compensated, title) in enumerate(((False, "survivors stay"), (True, "survivors adapt"))):
+    layers, ways = list(table["layer"].unique()), list(table["way"].unique())
+    figure = picture(4.3 * len(layers), 4.2)
+    for place, layer in enumerate(layers):
         axes = axes_of(
-            figure, xlabel="weights removed (%)", ylabel=label if not place else "", title=title, place=121 + place
+            figure,
+            xlabel="",
+            ylabel="" if place else "output power lost on test images (%)",
+            title=layer,
+            place=100 + 10 * len(layers) + place + 1,
         )
-        for name, (words, color, marker) in RANKINGS.items():
-            rows = table[(table["ranking"] == name) & (table["compensated"] == compensated)]
-            axes.plot(
-                100 * rows["removed"],
-                rows[column],
-                marker=marker,
-                color=color,
-                linewidth=2,
-                label=words if not place else None,
-            )
-        if "greedy" in set(table["ranking"]) and compensated:
-            rows = table[table["ranking"] == "greedy"]
-            axes.plot(
-                100 * rows["removed"],
-                rows[column],
-                "--",
-                marker="^",
-                color=VERMILLION,
-                linewidth=2,
-                label="OBS, greedy",
-            )
-        if top is not None:
-            axes.set_ylim(0, top)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=11)
+        for shift, (label, color, marker) in zip((-0.18, 0, 0.18), RANKINGS.values(), strict=True):
+            part = table[(table["layer"] == layer) & (table["order"] == label)]
+            found = 100 * part.groupby("way")["lost"].agg(["mean", "min", "max"]).loc[ways]
+            spread = np.stack([found["mean"] - found["min"], found["max"] - found["mean"]]).clip(0)
+            where = np.arange(len(ways)) + shift
+            axes.errorbar(where, found["mean"], spread, fmt=marker, color=color, markersize=9, capsize=3, label=label)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xticks(range(len(ways)), ways)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
     return figure

@@ -1,4 +1,4 @@
-"""Figures of ``05_obs``: where the survivors go when a weight is removed, and what weight by weight pruning costs."""
+"""Figures of ``05_obs``: where the survivors go when a weight is removed, and what a price and what a move is worth."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from matplotlib.lines import Line2D
 
 from prunelab.drawing.style import BLUE, GREEN, GREY, INK, PALE, PURPLE, VERMILLION, axes_of, picture
 
-METHODS = {
-    "magnitude": ("magnitude", BLUE, "o", "--"),
-    "obd": ("OBD", GREEN, "D", "-"),
-    "obs": ("OBS, with compensation", PURPLE, "v", "-"),
-    "obs_remeasured": ("OBS, H measured anew", VERMILLION, "^", "-."),
+ORDERS = {
+    "magnitude": (BLUE, "o"),
+    "OBD": (GREEN, "D"),
+    "OBS, priced once": (VERMILLION, "^"),
+    "OBS": (PURPLE, "v"),
 }
-"""Ways to prune weight by weight -> label, colour, marker, line."""
+"""Orders in which weights go -> colour, marker."""
 
 
 def ellipse(
     weights: Sequence[float],
     matrix: np.ndarray,
     names: tuple[str, str],
-    measured: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
     """Draw the lines of equal cost of two weights, and two ways to remove the first: straight across, or adapting.
 
@@ -32,28 +31,19 @@ def ellipse(
         weights: the trained values of both.
         matrix: their H, ``[2, 2]``.
         names: of the two weights.
-        measured: values of the first ``[n]`` and of the second weight ``[m]``, and the rise of the loss there
-            ``[m, n]``, in nats, drawn as shades.
     """
     w, h = np.asarray(weights, dtype=float), np.asarray(matrix, dtype=float)
     obd = np.array([0.0, w[1]])
     obs = np.array([0.0, w[1] + h[0, 1] / h[1, 1] * w[0]])
     costs = [float((end - w) @ h @ (end - w) / 2) for end in (obs, obd)]
-    figure = picture(8.2, 5.4)
+    figure = picture(8.2, 6.2)
     axes = axes_of(figure, xlabel=f"weight of {names[0]}", ylabel=f"weight of {names[1]}")
-    if measured is not None:
-        first, second, rise = measured
-        shades = axes.contourf(first, second, rise, levels=12, cmap="Greys", alpha=0.55)
-        bar = figure.colorbar(shades, ax=axes, format="%.2g")
-        bar.set_label("measured rise of the loss (nats)", fontsize=12)
-        bar.ax.tick_params(labelsize=10.5)
-        axes.set_xlim(first.min(), first.max())
-        axes.set_ylim(second.min(), second.max())
     angle = np.linspace(0, 2 * np.pi, 200)
     root = np.linalg.cholesky(np.linalg.inv(h))
     for cost, color in zip(costs, (PURPLE, GREEN), strict=True):
         ring = w[:, None] + np.sqrt(2 * cost) * root @ np.stack([np.cos(angle), np.sin(angle)])
         axes.plot(*ring, color=color, linewidth=1.8)
+    axes.margins(0.06)
     axes.axvline(0, color=INK, linewidth=1.5)
     for end, color, marker in ((obd, GREEN, "D"), (obs, PURPLE, "v")):
         axes.annotate("", tuple(end), tuple(w), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.2})
@@ -94,15 +84,16 @@ def survivors(weights: np.ndarray, inverse: np.ndarray, chosen: int, names: Sequ
     axes.set_yticks(rows, names)
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=11)
-    bars = axes_of(figure, xlabel="cost of deleting it (nats)", ylabel="", place=122)
-    bars.barh(rows - 0.2, obd, 0.38, color=GREEN)
-    bars.barh(rows + 0.2, obs, 0.38, color=PURPLE)
+    bars = axes_of(figure, xlabel="cost of deleting it (nats, logarithmic)", ylabel="", place=122)
+    bars.hlines(rows, obs, obd, color=PALE, linewidth=3)
+    bars.semilogx(obd, rows, "s", color=GREEN, markersize=9)
+    bars.semilogx(obs, rows, "s", color=PURPLE, markersize=9)
     bars.plot([], [], "s", color=GREEN, markersize=10, label="OBD")
     bars.plot([], [], "s", color=PURPLE, markersize=10, label="OBS")
     bars.set_yticks(rows, names)
     bars.get_yticklabels()[chosen].set_color(VERMILLION)
     bars.invert_yaxis()
-    bars.legend(frameon=False, fontsize=11)
+    bars.legend(frameon=False, fontsize=11, loc="best")
     share = obs[chosen] / obd[chosen] if obd[chosen] else 1.0
     moved = int(np.argmax(np.where(rows == chosen, 0, np.abs(delta))))
     caption = (
@@ -113,35 +104,29 @@ def survivors(weights: np.ndarray, inverse: np.ndarray, chosen: int, names: Sequ
     return figure, caption
 
 
-def weight_by_weight(table: pd.DataFrame, *, whole: float, title: str = "", top: float | None = None) -> Figure:
-    """Draw the loss against the share of the weights that is removed, training images on the left, test on the right.
+def order_or_move(table: pd.DataFrame) -> Figure:
+    """Draw the test loss against the share that is gone: orders in colour, solid lines where the survivors move.
 
     Args:
-        table: columns ``method`` (see ``METHODS``), ``removed`` (share), ``train`` and ``test`` (losses in nats).
-        whole: training loss of the whole network, a thin line on the left.
-        title: over the left panel.
-        top: where the vertical axes end.
+        table: columns ``layer`` (a panel each), ``order`` (see ``ORDERS``), ``others`` (``"stay"`` or ``"move"``),
+            ``removed`` (share) and ``loss`` in nats; several rows of one kind are draws.
     """
-    figure = picture(10.4, 4.2)
-    panels = {"train": "loss on training images (nats)", "test": "loss on test images (nats)"}
-    for place, (column, label) in enumerate(panels.items()):
+    layers = list(table["layer"].unique())
+    figure = picture(4.3 * len(layers), 4.4)
+    for place, layer in enumerate(layers):
         axes = axes_of(
-            figure, xlabel="weights removed (%)", ylabel=label, title=title if not place else "", place=121 + place
+            figure,
+            xlabel="weights removed (%)",
+            ylabel="" if place else "test loss (nats)",
+            title=layer,
+            place=100 + 10 * len(layers) + place + 1,
         )
-        for method, (words, color, marker, line) in METHODS.items():
-            rows = table[table["method"] == method]
-            if len(rows):
-                axes.plot(
-                    100 * rows["removed"],
-                    rows[column],
-                    line,
-                    marker=marker,
-                    color=color,
-                    label=words if not place else None,
-                )
-        if not place:
-            axes.axhline(whole, color=GREY, linewidth=1)
-        if top is not None:
-            axes.set_ylim(0, top)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=11)
+        for (order, others), rows in table[table["layer"] == layer].groupby(["order", "others"], sort=False):
+            color, marker = ORDERS[str(order)]
+            losses = rows.groupby("removed")["loss"].agg(["mean", "min", "max"])
+            percent, line = 100 * losses.index, "--" if others == "stay" else "-"
+            label = None if place else f"{order}, the others {others}"
+            axes.plot(percent, losses["mean"], line, marker=marker, color=color, markersize=6, label=label)
+            axes.fill_between(percent, losses["min"], losses["max"], color=color, alpha=0.15, linewidth=0)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     return figure
