@@ -69,7 +69,7 @@ class OBS(KroneckerCriterion, name="obs"):
 
     Cost: one forward and one backward pass (``"ggn"``: a backward pass per class), and an inverse per factor.
 
-    Source: Hassibi & Stork 1992, *Optimal Brain Surgeon*, equation 5; Frantar & Alistarh 2022, *Optimal Brain
+    Source: Hassibi & Stork 1992, *Optimal Brain Surgeon*, equation 5; Frantar, Singh & Alistarh 2022, *Optimal Brain
     Compression*, equation 3, for one matrix per layer; Wang et al. 2019, *EigenDamage*, section 4, for S ⊗ A.
     """
 
