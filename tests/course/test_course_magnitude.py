@@ -53,13 +53,6 @@ def numbers(axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-def test_agreement_has_all_units_above_and_groups_below_the_diagonal():
-    names = ["a", "b"]
-    overall, within = (pd.DataFrame([[1, rho], [rho, 1]], names, names) for rho in (0.25, 0.75))
-    axes = figures.rank_agreement(overall, within).axes[0]
-    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((1, 0), "25"), ((0, 1), "75")]
-
-
 def test_shares_are_shown_in_percent():
     table = pd.DataFrame({"first": [0.5], "second": [0.1]}, index=["mean"])
     assert numbers(figures.removed_by_group(table).axes[0]) == ["50", "10"]
@@ -76,13 +69,6 @@ def test_variants_stand_in_order_with_their_errors_and_the_random_range():
     (band,) = axes.patches
     shown = band.get_extents().transformed(axes.transData.inverted())  # a polygon before matplotlib 3.9
     assert (shown.x0, shown.x1) == pytest.approx((10, 40))
-
-
-def test_lamp_curves_are_sorted_and_named():
-    (line,) = figures.lamp_curves({"group": np.array([1.0, 0.1, 0.3])}).axes[0].lines
-    assert list(line.get_ydata()) == [0.1, 0.3, 1.0]
-    assert list(line.get_xdata()) == pytest.approx([100 / 3, 200 / 3, 100])
-    assert line.get_label() == "group"
 
 
 def test_scores_show_what_a_plan_keeps_and_removes(small):

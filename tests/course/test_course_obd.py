@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -18,14 +17,14 @@ from prunelab.course.figures import png
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda w, h: h.diagonal() * w**2, "factor ½"),
-        (lambda w, h: h.diagonal() * w / 2, "the square of the weight is missing"),
-        (lambda w, h: h.diagonal() * w.abs() / 2, "|w| where"),
-        (lambda w, h: w * (h @ w) / 2, "as if all weights went at once"),
-        (lambda w, h: h.sum(1) * w**2 / 2, "sums rows"),
-        (lambda w, h: w**2 / h.diagonal() / 2, "divides by h"),
-        (lambda w, h: w**2 / torch.linalg.inv(h).diagonal() / 2, "that is OBS"),
-        (lambda w, h: w @ h @ w / 2, "all weights together"),
+        (lambda w, h: h * w**2, "factor ½"),
+        (lambda w, h: h * w / 2, "the square of the weight is missing"),
+        (lambda w, h: h * w.abs() / 2, "|w| where"),
+        (lambda w, h: w**2 / h / 2, "divides by h"),
+        (lambda w, h: (h * w) ** 2 / 2, "curvature is squared too"),
+        (lambda w, h: w**2 / 2, "that is magnitude"),
+        (lambda w, h: (h * w**2).sum() / 2, "all weights together"),
+        (lambda w, h: -h * w**2 / 2, "sign is turned"),
         (lambda w, h: w, "½ δᵀHδ"),
     ],
 )
@@ -33,6 +32,37 @@ def test_mistakes_about_the_saliency_are_explained(attempt, words):
     verdict = exercises.obd_saliency(attempt)
     assert not verdict
     assert words in verdict.message
+
+
+def recursion(weights, inputs, slopes, top, *, w=2, f=2, x=2, mean=True):
+    bend, found = top, []
+    for place in reversed(range(len(weights))):
+        found.insert(0, bend.T @ inputs[place] ** x / (len(top) if mean else 1))
+        if place:
+            bend = slopes[place - 1] ** f * (bend @ weights[place] ** w)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"w": 1}, "weights on the way back are squared"),
+        ({"f": 1}, "f'(a) is squared"),
+        ({"f": 0}, "f'(a) is left out"),
+        ({"x": 1}, "its input squared"),
+        ({"mean": False}, "their mean is asked for"),
+        ({"x": 3}, "slopes² * (bend @ weights²)"),
+    ],
+)
+def test_mistakes_about_the_recursion_are_explained(options, words):
+    verdict = exercises.lecun_diagonal(lambda *given: recursion(*given, **options))
+    assert not verdict
+    assert words in verdict.message
+    assert words not in exercises.lecun_diagonal(lambda *given: recursion(*given)[::-1]).message
+
+
+def test_layers_in_the_wrong_order_are_named():
+    assert "wrong order" in exercises.lecun_diagonal(lambda *given: recursion(*given)[::-1]).message
 
 
 @pytest.mark.parametrize(
@@ -54,50 +84,8 @@ def test_mistakes_about_shared_weights_are_explained(attempt, words):
     assert words in verdict.message
 
 
-def each(signs, product):
-    return torch.stack([product(z) for z in signs])
-
-
-@pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (lambda signs, product: each(signs, product).mean(0), "without multiplying by ε again"),
-        (lambda signs, product: (signs * each(signs, product)).sum(1).mean(), "trace"),
-        (lambda signs, product: (signs * each(signs, product)).sum(0), "their mean is asked for"),
-        (lambda signs, product: signs[0] * product(signs[0]), "one sign vector only"),
-        (lambda signs, product: (signs * each(signs, product)).abs().mean(0), "absolute values"),
-        (lambda signs, product: product(signs), "one vector [4]"),
-        (lambda signs, product: 7 * signs[0], "whose signs are random"),
-    ],
-)
-def test_mistakes_about_hutchinson_are_explained(attempt, words):
-    verdict = exercises.hutchinson_diagonal(attempt)
-    assert not verdict
-    assert words in verdict.message
-
-
-def test_the_bowl_marks_the_trained_weights_and_what_removal_does_to_them():
-    first, second = np.linspace(-1, 2, 7), np.linspace(-1, 2, 5)
-    rise = (first[None] - 1) ** 2 + (second[:, None] - 0.5) ** 2
-    axes = figures.bowl(first, second, rise, rise, (1.0, 0.5), ("a", "b")).axes[0]
-    points = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in "oX"]
-    assert points == [(1.0, 0.5), (0.0, 0.5), (1.0, 0.0), (0.0, 0.0)]
-    assert axes.get_xlabel() == "value of a"
-
-
-def test_predictions_stand_against_what_was_measured():
-    measured = np.array([0.1, 0.2, 0.4])
-    figure = figures.against_measured(measured, {"good": 2 * measured, "bad": -measured})
-    points = [axes.lines[-1].get_xydata() for axes in figure.axes]
-    np.testing.assert_allclose(points[0], np.stack([measured, 2 * measured], 1))
-    assert [axes.get_title("left").split("\n")[1] for axes in figure.axes] == [
-        "rank correlation 1.00",
-        "rank correlation -1.00",
-    ]
-
-
 def test_units_that_a_logarithm_cannot_show_are_counted():
-    scores = {"ggn": np.array([1.0, 2.0, 3.0]), "hessian": np.array([1.0, -2.0, 0.0])}
+    scores = {"ggn": np.array([1.0, 2.0, 3.0]), "hutchinson": np.array([1.0, -2.0, 0.0])}
     figure = figures.four_ways(scores)
     assert "2 of 3 are ≤ 0" in figure.axes[0].texts[0].get_text()
 
@@ -111,25 +99,9 @@ def test_the_weight_of_the_widget_is_priced_and_placed_among_the_others():
     assert removed.get_xydata().tolist() == [[0.0, 4.5]]
 
 
-def test_repeated_cuts_show_their_mean_and_range():
-    table = pd.DataFrame(
-        {"way": ["random", "random", "OBD"], "budget": [0.5] * 3, "flops_kept": [0.5] * 3, "accuracy": [0.2, 0.4, 0.6]}
-    )
-    lines = {line.get_label(): line for line in figures.budgets(table, whole=0.9, chance=0.1).axes[0].lines}
-    np.testing.assert_allclose(lines["random: mean and range of 2"].get_ydata(), [30, 90])
-    np.testing.assert_allclose(lines["OBD"].get_ydata(), [60, 90])
-
-
-def test_the_sum_of_saliencies_stands_beside_the_truth():
-    table = pd.DataFrame({"share": [0.1, 0.5], "sum": [1.0, 2.0], "quadratic": [2.0, 4.0], "measured": [3.0, 5.0]})
-    lines = {line.get_label(): list(line.get_ydata()) for line in figures.sum_and_truth(table).axes[0].lines}
-    assert lines["measured"] == [3, 5] and lines["sum of ½ h w², no pairs"] == [1, 2]
-
-
 def test_a_palette_saves_bytes_and_changes_nothing_that_one_can_see():
-    figure = figures.bowl(
-        *2 * [np.linspace(-1, 1, 20)], *2 * [np.random.default_rng(0).random((20, 20))], (0, 0), ("a", "b")
-    )
+    scores = dict(zip(("ggn", "mc", "empirical"), 10 ** np.random.default_rng(0).random((3, 400)), strict=True))
+    figure = figures.four_ways(scores)
     plain, small = io.BytesIO(), png(figure)
     figure.savefig(plain, format="png")
     assert len(small) < len(plain.getvalue()) / 2

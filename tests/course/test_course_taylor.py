@@ -31,15 +31,17 @@ def test_mistakes_about_the_first_order_are_explained(attempt, words):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda p: p.sum(1).abs() / p.abs().sum(1), "the share that is left"),
-        (lambda p: 1 - p.sum(1) / p.abs().sum(1), "numerator"),
-        (lambda p: p.abs().sum(1) - p.sum(1).abs(), "divide by what there is"),
-        (lambda p: 1 - p.sum(0).abs() / p.abs().sum(0), "over the units"),
-        (lambda p: torch.zeros(len(p)), "what is left after cancelling"),
+        (lambda p: (p**2).sum(2).mean(0), "squares before it sums"),
+        (lambda p: p.mean(0).sum(1) ** 2, "the mean gradient"),
+        (lambda p: (p.sum(2) ** 2).sum(0), "their mean is asked for"),
+        (lambda p: p.sum(2).abs().mean(0), "absolute values"),
+        (lambda p: p.sum(2).mean(0), "signs cancel"),
+        (lambda p: (p.sum(1) ** 2).mean(0), "sums over the units"),
+        (lambda p: torch.zeros(p.shape[1]), "square, average"),
     ],
 )
-def test_mistakes_about_cancelling_are_explained(attempt, words):
-    verdict = exercises.cancelled(attempt)
+def test_mistakes_about_squares_of_gates_are_explained(attempt, words):
+    verdict = exercises.squared_gates(attempt)
     assert not verdict
     assert words in verdict.message
 
@@ -93,10 +95,3 @@ def test_running_sums_begin_with_the_largest_product():
     absolute, signed = figures.cancellation({"row": np.array([0.1, -0.5, 0.2])}).axes[0].lines[:2]
     assert list(absolute.get_ydata()) == pytest.approx([0.5, 0.7, 0.8])
     assert list(signed.get_ydata()) == pytest.approx([-0.5, -0.3, -0.2])
-
-
-def test_bars_are_in_percent_and_in_the_given_order():
-    table = pd.DataFrame({"score": ["x", "random"], "accuracy": [0.5, 0.25], "error": [0.01, 0.01]})
-    axes = figures.accuracy_bars(table, whole=0.9).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [50, 25]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "random"]

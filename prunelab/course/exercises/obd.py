@@ -1,57 +1,60 @@
-"""Checkers for the exercises of ``04_obd``: saliencies, squared gradients of shared weights, Hutchinson."""
+"""Checkers for the exercises of ``04_obd``: saliencies, squared gradients, LeCun's recursion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, solved_by
 
 
+def _saliency(w: Tensor, h: Tensor) -> Tensor:
+    return h * w**2 / 2
+
+
+@solved_by(_saliency)
 def obd_saliency(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    """Check ``function(weights, hessian)``: ``½ h_qq w_q²`` for weights ``[n]`` and a dense Hessian ``[n, n]``."""
+    """Check ``function(w, h)``: the price ``½ h w²`` of every weight, h its curvature; both of any one shape."""
     mistakes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "the factor ½ of the Taylor series is missing": lambda w, h: h.diagonal() * w**2,
+        "the factor ½ of the Taylor series is missing": lambda w, h: h * w**2,
         "the square of the weight is missing: the step is −w, and it enters the second order twice": (
-            lambda w, h: h.diagonal() * w / 2
+            lambda w, h: h * w / 2
         ),
-        "it takes |w| where w² is meant": lambda w, h: h.diagonal() * w.abs() / 2,
-        "that is ½ w ⊙ (Hw), which charges pairs as if all weights went at once; OBD drops them": (
-            lambda w, h: w * (h @ w) / 2
-        ),
-        "it sums rows of H; the diagonal alone is asked for": lambda w, h: h.sum(1) * w**2 / 2,
-        "it divides by h: a weight in a flat direction would be dear": lambda w, h: w**2 / h.diagonal() / 2,
-        "it uses the inverse of H, so the other weights adapt; that is OBS, in the next notebook": (
-            lambda w, h: w**2 / torch.linalg.inv(h).diagonal() / 2
-        ),
-        "that is the cost of removing all weights together; every weight alone is asked for": lambda w, h: (
-            w @ h @ w / 2
-        ),
+        "it takes |w| where w² is meant": lambda w, h: h * w.abs() / 2,
+        "it divides by h: a weight in a flat direction would be expensive": lambda w, h: w**2 / h / 2,
+        "the curvature is squared too; it enters the second order once": lambda w, h: (h * w) ** 2 / 2,
+        "that is magnitude; the curvature is missing": lambda w, h: w**2 / 2,
+        "that is the price of all weights together; every weight's own is asked for": lambda w, h: (h * w**2).sum() / 2,
+        "the sign is turned around; removing a weight costs something": lambda w, h: -h * w**2 / 2,
     }
     generator = torch.Generator().manual_seed(0)
-    root = torch.randn(3, 3, 4, generator=generator)
-    cases = [(torch.randn(3, generator=generator), one @ one.T + torch.eye(3)) for one in root]
+    shapes: list[tuple[int, ...]] = [(3,), (2, 2), (2, 1, 2, 2)]
+    cases = [
+        (torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) + 0.1) for shape in shapes
+    ]
     return compare(
         function,
         cases,
-        lambda w, h: h.diagonal() * w**2 / 2,
+        _saliency,
         mistakes,
-        praise="half the curvature times the square of the weight; what is off the diagonal never enters.",
-        hint="Put δ = −w_q for one weight, 0 for all others, into ½ δᵀHδ.",
+        praise="half the curvature times the square of the weight, entry by entry.",
+        hint="Put δ = −w for one weight, 0 for all others, into ½ δᵀHδ.",
     )
 
 
+def _per_sample(inputs: Tensor, slopes: Tensor) -> Tensor:
+    return (slopes.mT @ inputs).square().mean(0)
+
+
+@solved_by(_per_sample)
 def squared_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(inputs, slopes)``: the mean over samples of squared gradients of a layer that tokens share.
 
     ``inputs`` is ``[N, tokens, in]``, ``slopes`` ``[N, tokens, out]``; asked for is ``[out, in]``.
     """
-
-    def truth(inputs: Tensor, slopes: Tensor) -> Tensor:
-        return (slopes.mT @ inputs).square().mean(0)
-
     mistakes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "it squares before it sums over the tokens; a sample's gradient is the sum over its tokens": (
             lambda a, s: (s**2).flatten(0, 1).T @ (a**2).flatten(0, 1) / len(a)
@@ -61,7 +64,7 @@ def squared_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
         ),
         "that is the mean gradient; its samples should be squared first": lambda a, s: (s.mT @ a).mean(0),
         "it adds the samples up; their mean is asked for": lambda a, s: (s.mT @ a).square().sum(0),
-        "it is transposed: rows belong to outputs, columns to inputs": lambda a, s: truth(a, s).T,
+        "it is transposed: rows belong to outputs, columns to inputs": lambda a, s: _per_sample(a, s).T,
         "it divides by the number of tokens too; a sample's gradient is their sum": (
             lambda a, s: (s.mT @ a / a.shape[1]).square().mean(0)
         ),
@@ -77,53 +80,98 @@ def squared_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     return compare(
         function,
         cases,
-        truth,
+        _per_sample,
         mistakes,
         praise="first the sum over the tokens of a sample, then the square, then the mean over samples.",
         hint="The gradient of one sample is Σ_r s_r a_rᵀ, over its tokens r.",
     )
 
 
-Product = Callable[[Tensor], Tensor]
+Layers = Sequence[Tensor]
 
 
-def hutchinson_diagonal(function: Callable[[Tensor, Product], Tensor]) -> Verdict:
-    """Check ``function(signs, product)``: the mean of ``ε ⊙ Hε`` over sign vectors ``[K, n]``."""
+def _backwards(
+    weights: Layers,
+    inputs: Layers,
+    slopes: Layers,
+    top: Tensor,
+    *,
+    over: Callable[[Tensor], Tensor] = torch.square,
+    through: Callable[[Tensor], Tensor] = torch.square,
+    times: Callable[[Tensor], Tensor] = torch.square,
+    total: bool = False,
+) -> list[Tensor]:
+    """Return LeCun's recursion, or what comes of it if a square is left out or a sum taken for the mean."""
+    found: list[Tensor] = []
+    bend = top
+    for place in reversed(range(len(weights))):
+        found.insert(0, bend.T @ times(inputs[place]) / (1 if total else len(top)))
+        if place:
+            bend = through(slopes[place - 1]) * (bend @ over(weights[place]))
+    return found
+
+
+def _recursion(weights: Layers, inputs: Layers, slopes: Layers, top: Tensor) -> list[Tensor]:
+    return _backwards(weights, inputs, slopes, top)
+
+
+@solved_by(_recursion)
+def lecun_diagonal(function: Callable[[Layers, Layers, Layers, Tensor], Sequence[Tensor]]) -> Verdict:
+    """Check ``function(weights, inputs, slopes, top)``: the diagonal of the curvature, layer by layer.
+
+    ``weights`` are ``[out, in]`` from the first layer to the last, ``inputs`` ``[N, in]`` what each of them reads,
+    ``slopes`` ``[N, units]`` f'(a) of the hidden layers (one fewer), ``top`` ``[N, out]`` ∂²ℓ/∂a² of the outputs.
+    Asked for is a list of tensors like the weights.
+    """
+
+    def flat(answer: Callable[..., Sequence[Tensor]]) -> Callable[..., Tensor]:
+        def joined(*case: Tensor) -> Tensor:
+            depth = (len(case) - 1 + 1) // 3
+            weights, inputs, slopes = case[:depth], case[depth : 2 * depth], case[2 * depth : -1]
+            found = answer(list(weights), list(inputs), list(slopes), case[-1])
+            return torch.cat([torch.as_tensor(one).flatten() for one in found])
+
+        return joined
+
     generator = torch.Generator().manual_seed(0)
-    root = torch.randn(2, 4, 4, generator=generator)
-    matrices = [one + one.T for one in root]
-    signs = [torch.randint(2, (number, 4), generator=generator).float() * 2 - 1 for number in (3, 5)]
 
-    def asked(vector: Tensor, matrix: Tensor) -> Tensor:
-        if vector.shape != (4,):
-            raise ValueError(f"product takes one vector [4], not {list(vector.shape)}")
-        return matrix @ vector
+    def case(samples: int, *sizes: int) -> tuple[Tensor, ...]:
+        draw = [(after, before) for before, after in pairwise(sizes)] + [(samples, size) for size in sizes[:-1]]
+        draw += [(samples, size) for size in sizes[1:-1]]
+        return *[torch.randn(shape, generator=generator) for shape in draw], torch.rand(
+            samples, sizes[-1], generator=generator
+        )
 
-    _, verdict = answer_of(function, signs[0].clone(), lambda vector: asked(vector, matrices[0]))
+    cases = [case(7, 4, 5, 3), case(5, 3, 5, 4, 4)]
+    few = [list(cases[0][:2]), list(cases[0][2:4]), list(cases[0][4:5]), cases[0][5]]
+    _, verdict = answer_of(function, *few)
     if verdict is not None:
-        return verdict
-
-    def named(signs: Tensor, matrix: Tensor) -> Tensor:
-        return function(signs, lambda vector: asked(vector, matrix))
-
+        return Verdict(False, verdict.message.replace(verdict.message.partition(" r")[0], f"{function.__name__}(…)", 1))
+    named = flat(function)
     named.__name__ = function.__name__
-    mistakes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "it averages Hε without multiplying by ε again, and the signs cancel": lambda z, m: (z @ m).mean(0),
-        "that is the mean of εᵀHε, an estimate of the trace; multiply entry by entry": lambda z, m: (
-            (z * (z @ m)).sum(1).mean()
-        ),
-        "it adds the sign vectors up; their mean is asked for": lambda z, m: (z * (z @ m)).sum(0),
-        "it uses one sign vector only; take the mean over all of them": lambda z, m: z[0] * (z[0] @ m),
-        "it takes absolute values; a diagonal may be negative": lambda z, m: (z * (z @ m)).abs().mean(0),
-    }
     return compare(
         named,
-        list(zip(signs, matrices, strict=True)),
-        lambda z, m: (z * (z @ m)).mean(0),
-        mistakes,
-        praise="ε_q ε_q is 1, and ε_q ε_r averages to 0: only the diagonal survives.",
-        hint="For one ε, entry q of ε ⊙ Hε is h_qq plus terms whose signs are random.",
+        cases,
+        flat(_recursion),
+        {
+            "the weights on the way back are squared: ∂²ℓ/∂a_i² takes w_li², not w_li": flat(
+                lambda *given: _backwards(*given, over=lambda value: value)
+            ),
+            "f'(a) is squared on the way back: the chain rule meets it twice": flat(
+                lambda *given: _backwards(*given, through=lambda value: value)
+            ),
+            "f'(a) is left out on the way back": flat(lambda *given: _backwards(*given, through=torch.ones_like)),
+            "a weight's curvature is ∂²ℓ/∂a² times its input squared": flat(
+                lambda *given: _backwards(*given, times=lambda value: value)
+            ),
+            "it adds the samples up; their mean is asked for": flat(lambda *given: _backwards(*given, total=True)),
+            "the layers are in the wrong order; the first layer's comes first": flat(
+                lambda *given: _backwards(*given)[::-1]
+            ),
+        },
+        praise="one pass backwards, with squares of weights and slopes where the gradient has them plain.",
+        hint="Last layer: topᵀ @ inputs² / N. One layer down: slopes² * (bend @ weights²).",
     )
 
 
-__all__ = ["hutchinson_diagonal", "obd_saliency", "squared_gradients"]
+__all__ = ["lecun_diagonal", "obd_saliency", "squared_gradients"]

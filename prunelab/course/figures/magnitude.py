@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -11,31 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from prunelab.criteria import Scores
-from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREY, INK, PALE, VERMILLION, axes_of, picture
 from prunelab.plans import Plan
 from prunelab.tracing.groups import Group
-
-LINES = ((BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (ORANGE, ":"))
-
-
-def rank_agreement(overall: pd.DataFrame, within: pd.DataFrame) -> Figure:
-    """Draw how far variants agree: below the diagonal within groups, above it over all units.
-
-    Args:
-        overall: square table of rank correlations over all units, variants as index and columns.
-        within: the same within each group, averaged over groups.
-    """
-    names = list(overall.columns)
-    both = np.triu(overall.to_numpy(), 1) + np.tril(within.loc[names, names].to_numpy(), -1)
-    np.fill_diagonal(both, np.nan)
-    figure = picture(9.6, 1.4 + 0.45 * len(names))
-    axes = figure.add_subplot()
-    image = _heat(axes, pd.DataFrame(100 * both, names, names), low=0, high=100)
-    axes.set_title("over all units: above the diagonal; within groups: below it", fontsize=12, loc="left")
-    bar = figure.colorbar(image, ax=axes, shrink=0.7)
-    bar.set_label("Spearman correlation × 100", fontsize=11)
-    bar.ax.tick_params(labelsize=10)
-    return figure
 
 
 def removed_by_group(table: pd.DataFrame) -> Figure:
@@ -66,7 +44,7 @@ def _heat(axes: Axes, table: pd.DataFrame, *, low: float, high: float) -> AxesIm
 
 
 def accuracy_of_variants(table: pd.DataFrame, *, whole: float, draws: Iterable[float] = ()) -> Figure:
-    """Draw one point per variant: accuracy after a cut, with a bar of one standard error to both sides.
+    """Draw one point per variant: accuracy after a cut, with a bar to both sides.
 
     Args:
         table: columns ``variant``, ``accuracy`` and ``error`` (shares), drawn from the best to the worst.
@@ -87,23 +65,6 @@ def accuracy_of_variants(table: pd.DataFrame, *, whole: float, draws: Iterable[f
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=11, loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def lamp_curves(curves: Mapping[str, np.ndarray]) -> Figure:
-    """Draw LAMP scores in ascending order, one line per group.
-
-    Args:
-        curves: name of the group -> its scores, in any order.
-    """
-    figure = picture(7.5, 4)
-    axes = axes_of(figure, xlabel="units of the group, from the smallest (%)", ylabel="LAMP score")
-    for (name, scores), (color, line) in zip(curves.items(), LINES, strict=False):
-        ordered = np.sort(np.asarray(scores))
-        share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
-        axes.plot(share, ordered, line, color=color, linewidth=2, label=name)
-    axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=11, loc="upper left")
     return figure
 
 
@@ -132,4 +93,4 @@ def scores_view(scores: Scores, plan: Plan) -> Figure:
     return figure
 
 
-__all__ = ["accuracy_of_variants", "lamp_curves", "rank_agreement", "removed_by_group", "scores_view"]
+__all__ = ["accuracy_of_variants", "removed_by_group", "scores_view"]

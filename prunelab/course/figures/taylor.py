@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture
+from prunelab.drawing.style import BLUE, GREEN, GREY, PURPLE, VERMILLION, axes_of, picture
 
 LINES = ((BLUE, "o", "-"), (VERMILLION, "^", "--"), (GREEN, "s", "-."), (PURPLE, "D", ":"))
 
@@ -60,14 +60,20 @@ def _cloud(axes: Axes, table: pd.DataFrame, form: str, highlight: str | None) ->
     low = min(table[form].min(), table["measured"].min(), 0)
     high = max(table[form].max(), table["measured"].max())
     chosen = table["group"] == highlight
-    axes.plot([low, high], [low, high], color=GREY, linewidth=1.3, zorder=1)
+    line = np.concatenate([-np.geomspace(1e-6, -low, 50)[::-1] if low < 0 else [], [0], np.geomspace(1e-6, high, 50)])
+    axes.plot(line, line, color=GREY, linewidth=1.3, zorder=1)
     axes.plot(table[form][~chosen], table["measured"][~chosen], "o", color=BLUE, markersize=5.5, alpha=0.65)
     axes.plot(table[form][chosen], table["measured"][chosen], "^", color=VERMILLION, markersize=8.5)
     # Changes lie over three decades and on both sides of zero.
-    axes.set_xscale("symlog", linthresh=3e-3, linscale=0.6)
     axes.set_yscale("symlog", linthresh=3e-3, linscale=0.6)
     ticks = [-0.1, -0.01, 0, 0.01, 0.1, 1]
-    axes.set_xticks([tick for tick in ticks if low * 1.5 <= tick <= high * 1.5])
+    if table[form].min() > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(table[form].min() / 1.5, table[form].max() * 1.5)
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    else:
+        axes.set_xscale("symlog", linthresh=3e-3, linscale=0.6)
+        axes.set_xticks([tick for tick in ticks if low * 1.5 <= tick <= high * 1.5])
     axes.set_yticks([tick for tick in ticks if low * 1.5 <= tick <= high * 1.5])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -122,25 +128,4 @@ def cancellation(products: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def accuracy_bars(table: pd.DataFrame, *, whole: float) -> Figure:
-    """Draw accuracies after cuts, a bar per way to score, with one standard error.
-
-    Args:
-        table: columns ``score``, ``accuracy`` and ``error`` (shares).
-        whole: accuracy of the network before the cut.
-    """
-    figure = picture(7.5, 1.2 + 0.42 * len(table))
-    axes = axes_of(figure, xlabel="accuracy on test images after the cut (%)", ylabel="")
-    colours = {"random": PALE, "magnitude": ORANGE}
-    rows = range(len(table))
-    shades = [colours.get(name, BLUE) for name in table["score"]]
-    axes.barh(rows, 100 * table["accuracy"], xerr=100 * table["error"], color=shades, ecolor=INK, capsize=3)
-    axes.axvline(100 * whole, color=GREY, linewidth=1.5)
-    axes.text(100 * whole - 1, -0.75, "before the cut", ha="right", fontsize=10, color=GREY)
-    axes.set_yticks(rows, list(table["score"]), fontsize=11)
-    axes.set_ylim(len(table) - 0.5, -1)
-    axes.set_xlim(0, 100)
-    return figure
-
-
-__all__ = ["accuracy_bars", "cancellation", "gradient_noise", "predictions", "tangents"]
+__all__ = ["cancellation", "gradient_noise", "predictions", "tangents"]
