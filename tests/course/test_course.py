@@ -33,7 +33,8 @@ def headings(name: str) -> list[tuple[int, str]]:
 @NB
 def test_the_order_of_the_cells_is_that_of_the_course(name):
     ids = [cell.id for cell in BOOKS[name].cells]
-    assert ids[: len(ORDER)] == ORDER
+    first = [one for one in ids if one != "bet"]  # a bet may come before everything else
+    assert first[: len(ORDER)] == ORDER
     assert [one for one in ids if one in {*LAST, *FORMER}] in (LAST, FORMER)
     assert len(set(ids)) == len(ids)
     assert 30 <= len(ids) <= 95
