@@ -99,15 +99,16 @@ def notebook(text: str, pictures: list[Path]) -> str:
             cell["source"] = page("".join(cell["source"]), "")
         for output in cell.get("outputs", []):
             if WIDGET in "".join(output.get("data", {}).get("text/plain", "")):
-                cell["outputs"] = _widget(left.pop(0) if left else None)
+                own = output["data"].get("image/png")
+                cell["outputs"] = _widget(base64.b64decode(own) if own else left.pop(0).read_bytes() if left else None)
                 break
     return json.dumps(book, ensure_ascii=False, indent=1)
 
 
-def _widget(picture: Path | None) -> list[dict[str, Any]]:
+def _widget(picture: bytes | None) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     if picture is not None:
-        image = base64.b64encode(picture.read_bytes()).decode("ascii")
+        image = base64.b64encode(picture).decode("ascii")
         shown.append({"data": {"image/png": image}, "metadata": {}, "output_type": "display_data"})
     note = re.sub(r"`(.*?)`", r"<code>\1</code>", MOVE_IT if picture else NO_PICTURE)
     html = f'<p class="widget-note">{note}</p>'

@@ -12,6 +12,7 @@ waits for it until the cell's time is up.
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ class Explorer(ipywidgets.VBox):
         super().__init__([*self.controls.values(), self.image, self.caption])
         self.add_class("prunelab-explorer")
         self.redraw()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """Show the widget, and beside it a picture of how it is now, for pages that have no kernel."""
+        figure, _ = self._draw(**{name: control.value for name, control in self.controls.items()})
+        picture = base64.b64encode(png(figure)).decode("ascii")
+        return {**(super()._repr_mimebundle_(**kwargs) or {}), "image/png": picture}
 
     def redraw(self) -> None:
         """Draw the figure for the controls as they stand, then publish the caption."""

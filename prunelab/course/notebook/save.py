@@ -19,7 +19,7 @@ TORCH_LOG = re.compile(r"^[WI]\d{4} [\d:.]+ \d+ torch/.*\n?", re.MULTILINE)
 MACHINE_PATH = re.compile(r"(?<![\w.~$})/-])/(?:root|home|Users|tmp|work|workspace|mnt|opt|usr|var)/[\w.-]+")
 KEPT = ("tags", "jupyter", "cellView")
 """Metadata of cells that belong to a notebook: the last two fold a cell's code in JupyterLab and on Colab."""
-NO_WIDGET = "(interactive: run this cell in Jupyter to get the slider)\n"
+NO_WIDGET = "(interactive: run this cell in Jupyter to move it)\n"
 
 
 def save(notebook: str | Path, *, timeout: int = 600) -> None:
@@ -84,7 +84,8 @@ def _cleaned(output: Any) -> Any:
     if WIDGET in output.get("data", {}) and is_bar(output.data):
         return None
     if WIDGET in output.get("data", {}):
-        output.data = {"text/plain": NO_WIDGET}
+        output.data = {key: value for key, value in output.data.items() if key == "image/png"}
+        output.data["text/plain"] = NO_WIDGET
     if output.output_type == "stream" and output.name == "stderr":
         output.text = TORCH_LOG.sub("", output.text)
         return output if output.text.strip() else None
