@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ def row_view(layers: Sequence[str], maps: Mapping[str, Tensor], layer: str, part
     axes.axvspan(row - 0.5, row + 0.5, color=PALE, zorder=0)
     axes.set_xticks(place, [_short(name) for name in layers], fontsize=10, rotation=90)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=11)
-    kept = sum(maps[part] for part in parts)
+    kept = torch.stack([maps[part] for part in parts]).sum(0)
     own, whole = float(kept[row, row]), float(kept[row].sum())
     others = float(kept[row].abs().sum()) - abs(own)
     words = (
