@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from prunelab.batches import Batches, Loss
 from prunelab.criteria.base import GroupwiseCriterion, Normalizer, Reduction, Scores, sum_by_unit
 from prunelab.curvature.gradient import mean_gradient
+from prunelab.curvature.second.higher import self_derivative
 from prunelab.curvature.second.hvp import self_product
 from prunelab.curvature.second.layer_pairs import pair_matrix
 from prunelab.curvature.second.vjp import HessianPart, check_part
 from prunelab.curvature.statistics.one_pass import model_of
 from prunelab.curvature.statistics.statistics import Statistics
+from prunelab.errors import OptionError
+from prunelab.options import whole
 from prunelab.tracing.groups import Member
 from prunelab.tracing.trace import DependencyGraph
 
@@ -29,7 +32,13 @@ class OBA(GroupwiseCriterion, name="oba"):
     unit of the sum over its slice of each member.  ``signed=True`` keeps the sign.
 
     For the loss of a network, H is the sum of the Gauss-Newton part, E[JᵀΛJ], and the functional part, E[Σ_k r_k
-    ∂²f_k/∂θ²].
+    ∂²f_k/∂θ²].  The code first released with the paper (April 2025) hands the slope of the loss back through the
+    network and holds it fixed: on ReLU networks that is the functional part.  *FastOBA* (June 2025) differentiates the
+    loss twice, which is the exact ``θ ⊙ Hθ``, the default here.
+
+    ``order`` is that of FastOBA: ``k`` scores by ``θ_i Σ ∂^k L/∂θ_i∂θ_j∂θ_l… θ_j θ_l…``, a weight's share in the k-th
+    Taylor term without its factor ``±1/k!``; 1 is Taylor's ``θ ⊙ g``.  The released code leaves θ differentiable
+    between two orders, and so adds lower orders from the third on; here θ is held fixed.
 
     With ``first_order`` the score is ``−θ_k g_k + ½ θ_k (Hθ)_k``: with δ = −θ, the weight's share in the quadratic
     model ``gᵀδ + ½ δᵀHδ`` of losing them all.
@@ -41,17 +50,19 @@ class OBA(GroupwiseCriterion, name="oba"):
     In the quadratic model this keeps ``δᵀHδ`` for all units at once, shared out among them; a unit that goes alone
     interacts with itself only, which is ``quadratic``.
 
-    Cost: two to three forward and backward passes over the data, whatever the depth.
+    Cost: two to three forward and backward passes over the data, whatever the depth; about twice as much for every
+    order beyond.
 
     Args:
-        part: of the Hessian: ``"exact"``, all of it; ``"functional"``, what the published code computes on ReLU
-            networks; or ``"gauss_newton"``.
+        part: of the Hessian: ``"exact"``, all of it, as FastOBA; ``"functional"``, what the code first released
+            computes on ReLU networks; or ``"gauss_newton"``.
         first_order: add the Taylor term, as above.
+        order: of the derivative, from 1; other than 2 it goes with ``part="exact"`` and without ``first_order``.
         signed: keep the sign of the products, so that a unit whose product is negative goes first.
         loss: ``loss(outputs, targets)``, a mean over samples.
         group_reduction: see ``GroupwiseCriterion``, as all other options.
 
-    Source: Sun et al. 2025, *Optimal Brain Apoptosis*, section 3, with the products exact.
+    Source: Sun et al. 2025, *Optimal Brain Apoptosis*, section 3; ``any_order_differentiation`` of NEU-REAL/OBA.
     """
 
     group_reduction: Reduction = "sum"
@@ -60,11 +71,15 @@ class OBA(GroupwiseCriterion, name="oba"):
     part: HessianPart = "exact"
     first_order: bool = False
     signed: bool = False
+    order: int = 2
     loss: Loss = F.cross_entropy
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_part(self.part)
+        self.order = whole("order", self.order)
+        if self.order != 2 and (self.part != "exact" or self.first_order):
+            raise OptionError(f"order={self.order} is a derivative of the whole loss: it needs part='exact' alone.")
 
     def __call__(self, graph: DependencyGraph, batches: Batches | Statistics | None = None) -> Scores:
         """Return the scores.
@@ -90,7 +105,10 @@ class OBA(GroupwiseCriterion, name="oba"):
 
     def _products(self, model: nn.Module, batches: Batches | Statistics | None) -> dict[str, Tensor]:
         given = batches.batches if isinstance(batches, Statistics) else batches
-        product = self_product(model, given, self.loss, part=self.part)
+        if self.order == 2:
+            product = self_product(model, given, self.loss, part=self.part)
+        else:
+            product = self_derivative(model, given, self.order, self.loss)
         theta = {name: value.detach() for name, value in model.named_parameters() if name in product}
         if self.first_order:
             gradient = mean_gradient(model, given, self.loss)
@@ -109,7 +127,9 @@ def layer_pairs(
     """Return ``θ_iᵀ H_ij θ_j`` for every pair of layers: how much of ``θᵀHθ`` is between which.
 
     The sum over a row is the sum of ``θ ⊙ (Hθ)`` over that layer, where ``names`` are all parameters.  The diagonal is
-    the layer by itself; off it stand layers in series (one feeds the other) and in parallel.
+    the layer by itself.  Off it the paper knows two relations whose block is not zero: *series*, one layer feeds the
+    other, and *parallel*, their outputs are multiplied, as queries, keys and values are.  Layers whose outputs are
+    added are neither: between them the functional part is zero.
 
     Cost: one forward and backward pass over the data, and about as much again for every layer.
 

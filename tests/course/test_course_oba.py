@@ -60,6 +60,26 @@ def test_mistakes_about_a_unit_alone_are_explained(attempt, words):
     assert words in verdict.message
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"own": False}, "own motion is missing"),
+        ({"before": False}, "is lost"),
+        ({"closed": False}, "closed"),
+        ({"last": True}, "last layer"),
+        ({"start": 1}, "does not move"),
+    ],
+)
+def test_mistakes_about_the_forward_pass_are_explained(options, words):
+    def attempt(weights, x):
+        return exercises._forward(weights, x, **({"start": x} if "start" in options else options))
+
+    verdict = exercises.carried(attempt)
+    assert not verdict
+    assert words in verdict.message
+    assert "should be a list" in exercises.carried(lambda weights, x: x).message
+
+
 def together(paths, first, second):
     return any(first in path and second in path for path in paths)
 
@@ -88,13 +108,6 @@ BENT = torch.eye(3) * 4
 MAPS = {"functional": FUNCTIONAL, "gauss_newton": BENT, "exact": FUNCTIONAL + BENT}
 
 
-def test_bars_are_the_parts_and_marks_their_sum():
-    axes = figures.layer_parts(LAYERS, {"functional": [1, 2, 3], "gauss_newton": [4, 5, 6]}).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [1, 2, 3, 4, 5, 6]
-    assert list(axes.lines[0].get_xdata()) == [5, 7, 9]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["conv1", "1.0.conv1", "fc"]
-
-
 def test_maps_of_all_parts_share_one_scale():
     axes = figures.pair_maps(LAYERS, MAPS).axes[:3]
     assert len({one.images[0].get_clim() for one in axes}) == 1
@@ -102,17 +115,10 @@ def test_maps_of_all_parts_share_one_scale():
     assert axes[0].get_title(loc="left") == "functional part"
 
 
-def test_predictions_are_drawn_for_each_layer():
-    truth, owners = [0.1, 0.2, 0.3], ["a", "a", "b"]
-    figure = figures.predictions(truth, {"one": torch.tensor([1.0, 2.0, 3.0]), "two": torch.zeros(3)}, owners)
-    first, second = figure.axes[0].lines[:2]
-    assert (list(first.get_ydata()), list(second.get_ydata())) == ([1, 2], [3])
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
-
-
-@pytest.mark.parametrize(("keep", "bars"), [("exact", [0, 12, 12, 0]), ("functional", [0, 12, 0, 0])])
-def test_the_widget_drops_a_term_and_names_the_pair(keep, bars):
-    figure, words = figures.pair_view(LAYERS, MAPS, "conv1.weight", "fc.weight", keep, "series")
-    assert [bar.get_width() for bar in figure.axes[1].patches] == bars
-    assert "conv1 and fc" in words and "(series)" in words and "functional +2" in words
-    assert f"add up to {sum(bars):.3g}, of 24 exactly" in words
+@pytest.mark.parametrize("parts", [["functional", "gauss_newton"], ["functional"]])
+def test_the_widget_draws_the_row_of_a_layer(parts):
+    figure, words = figures.row_view(LAYERS, MAPS, "conv1.weight", parts)
+    heights = [bar.get_height() for bar in figure.axes[0].patches[: 3 * len(parts)]]
+    assert heights == [value for part in parts for value in MAPS[part][0].tolist()]
+    own = sum(float(MAPS[part][0, 0]) for part in parts)
+    assert f"with itself {own:+.3g} nats" in words

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 import torch
 
 from prunelab.course.exercises import oracle as exercises
 from prunelab.course.figures import oracle as figures
-
-
-def value_correlation(first, second):
-    return torch.corrcoef(torch.stack([first, second]))[0, 1]
-
-
-@pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (value_correlation, "replace them by their ranks"),
-        (lambda a, b: value_correlation(a.argsort().float(), b.argsort().float()), "sort a second time"),
-        (lambda a, b: -value_correlation(a.argsort().argsort().float(), b.argsort().argsort().float()), "turned round"),
-        (lambda a, b: value_correlation(a.argsort().argsort().float(), b), "rank both"),
-        (lambda a, b: 0.5, "torch.corrcoef"),
-    ],
-)
-def test_mistakes_about_ranks_are_explained(attempt, words):
-    assert words in exercises.rank_correlation(attempt).message
 
 
 @pytest.mark.parametrize(
@@ -75,36 +56,9 @@ def test_parabolas_touch_the_measured_path_at_one():
     assert lines[3].get_ydata()[0] == pytest.approx(0.3 + 1.0)
 
 
-def test_the_map_writes_every_correlation_down():
-    table = pd.DataFrame({"net|all": [0.9, -0.2], "net|within": [0.5, float("nan")]}, index=["gate", "random"])
-    axes = figures.correlation_map(table).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["0.90", "0.50", "-0.20", "–"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["net\nall", "net\nwithin"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["gate", "random"]
-
-
 def test_the_units_of_the_layer_stand_out():
     score, truth = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 2.0])
     figure = figures.score_against_truth(score, truth, [True, False, False], name="obd", layer="conv1")
     _, others, chosen = figure.axes[0].lines
     assert list(others.get_xdata()) == pytest.approx([100 / 3, 200 / 3])
     assert (list(chosen.get_xdata()), list(chosen.get_ydata())) == ([100], [pytest.approx(100 / 3)])
-
-
-@pytest.fixture
-def cuts() -> pd.DataFrame:
-    rows = [("oracle", 0.1, 0.8, -0.2, 0.3), ("oracle", 0.2, 0.6, -0.3, 0.9), ("gate", 0.1, 0.9, 0.1, 0.1)]
-    return pd.DataFrame(rows, columns=["criterion", "removed", "accuracy", "promised", "measured"])
-
-
-def test_every_order_begins_at_the_whole_network(cuts):
-    lines = figures.order_curves(cuts, 0.92).axes[0].lines
-    assert [line.get_label() for line in lines] == ["oracle", "gate"]
-    assert list(lines[0].get_ydata()) == pytest.approx([92, 80, 60])
-
-
-def test_promises_stand_beside_what_was_measured(cuts):
-    first, second = figures.promised_and_measured(cuts).axes
-    measured, promised, _ = first.lines
-    assert (list(measured.get_ydata()), list(promised.get_ydata())) == ([0.3, 0.9], [-0.2, -0.3])
-    assert [axes.get_title(loc="left") for axes in (first, second)] == ["oracle", "gate"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from prunelab import zoo
 from prunelab.curvature import exact, mean_gradient
+from prunelab.curvature.second import higher, hvp
 from prunelab.curvature.second.hvp import PARTS
 from prunelab.curvature.statistics.collect import collect
 
@@ -153,10 +154,10 @@ def test_the_rows_of_the_pairs_sum_to_the_scores_of_the_layers(cnn, batches, par
     torch.testing.assert_close(pairs, pairs.T)
 
 
-def test_parallel_layers_have_no_functional_pair():
+def test_layers_that_are_added_have_no_functional_pair():
     """Two branches that are added: no path runs through both, so only the loss couples them."""
 
-    class Parallel(nn.Module):
+    class Added(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.left, self.right, self.top = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 3)
@@ -165,13 +166,71 @@ def test_parallel_layers_have_no_functional_pair():
             return self.top(self.left(x).tanh() + self.right(x).tanh())
 
     torch.manual_seed(0)
-    model = Parallel().double()
+    model = Added().double()
     batches = [(torch.randn(8, 4).double(), torch.arange(8) % 3)]
     names, functional = pl.criteria.layer_pairs(model, batches, "functional")
     _, bent = pl.criteria.layer_pairs(model, batches, "gauss_newton")
     left, right, top = (names.index(f"{name}.weight") for name in ("left", "right", "top"))
     assert functional[left, right].abs() < 1e-12 < 1e-4 < functional[left, top].abs()
     assert bent[left, right].abs() > 1e-5
+
+
+def test_layers_that_are_multiplied_have_a_functional_pair():
+    """The paper's parallel connectivity: each is on a path beside the other's, and both are factors of the product."""
+
+    class Multiplied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.top = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.top(self.left(x) * self.right(x))
+
+    torch.manual_seed(0)
+    model = Multiplied().double()
+    batches = [(torch.randn(8, 4).double(), torch.arange(8) % 3)]
+    names, functional = pl.criteria.layer_pairs(model, batches, "functional")
+    left, right = (names.index(f"{name}.weight") for name in ("left", "right"))
+    assert functional[left, right].abs() > 1e-4
+    assert functional[left, left].abs() < 1e-12
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_an_order_is_the_derivative_with_all_places_but_one_filled_by_the_weights(order):
+    """Against the whole tensor of k-th derivatives, by k nested Jacobians."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    x, y = torch.randn(5, 2).double(), torch.arange(5) % 2
+    start, shapes = exact.flat(list(model.parameters())).detach(), [value.shape for value in model.parameters()]
+
+    def value(flat_weights: Tensor) -> Tensor:
+        parts = flat_weights.split([shape.numel() for shape in shapes])
+        weights = {n: p.view(s) for (n, _), p, s in zip(model.named_parameters(), parts, shapes, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, weights, x), y)
+
+    derivative = value
+    for _ in range(order):
+        derivative = torch.func.jacrev(derivative)
+    tensor = derivative(start)
+    for _ in range(order - 1):
+        tensor = tensor @ start
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]
+    found = flat(pl.criteria.OBA(order=order, signed=True).elementwise(model, batches))
+    torch.testing.assert_close(found, start * tensor)
+
+
+def test_higher_orders_agree_with_the_second_and_the_first(cnn, batches):
+    gradient = mean_gradient(cnn, batches)
+    first = pl.criteria.OBA(order=1, signed=True).elementwise(cnn, batches)
+    for name, value in cnn.named_parameters():
+        torch.testing.assert_close(first[name], value.detach() * gradient[name])
+    second = higher.self_derivative(cnn, batches, 2)
+    for name, product in hvp.self_product(cnn, batches).items():
+        torch.testing.assert_close(second[name], product)
+    with pytest.raises(pl.OptionError, match="order=3"):
+        pl.criteria.OBA(order=3, part="functional")
+    with pytest.raises(pl.OptionError, match="`order`"):
+        pl.criteria.OBA(order=0)
 
 
 def test_statistics_lend_their_batches(cnn, batches):

@@ -1,15 +1,16 @@
-"""Checkers for the exercises of ``09_oba``: θ ⊙ (Hθ), a unit alone, paths through a network."""
+"""Checkers for ``09_oba``: θ ⊙ (Hθ), a unit alone, derivatives carried forward, paths through a network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, answer_of, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, solved_by
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -28,6 +29,14 @@ class _Named:
         return self.formula
 
 
+def _theta_h_theta(loss: Loss, theta: Tensor) -> Tensor:
+    theta = theta.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(theta), theta, create_graph=True)
+    (product,) = torch.autograd.grad((g * theta.detach()).sum(), theta)
+    return theta.detach() * product
+
+
+@solved_by(_theta_h_theta)
 def theta_h_theta(function: Callable[[Loss, Tensor], Tensor]) -> Verdict:
     """Check ``function(loss, theta)``: ``θ ⊙ (Hθ)``, H the Hessian of ``loss`` at ``theta [n]``."""
     bowl = _Named("θ₀² + 3θ₀θ₁ + θ₁ − 2θ₁²", lambda t: t[0] ** 2 + 3 * t[0] * t[1] + t[1] - 2 * t[1] ** 2)
@@ -63,7 +72,14 @@ def theta_h_theta(function: Callable[[Loss, Tensor], Tensor]) -> Verdict:
     )
 
 
-def unit_alone(function: Callable[[Tensor, Tensor, Tensor, list[int]], float]) -> Verdict:
+def _unit_alone(H: Tensor, g: Tensor, theta: Tensor, unit: list[int]) -> Tensor:
+    delta = torch.zeros_like(theta)
+    delta[unit] = -theta[unit]
+    return g @ delta + 0.5 * delta @ H @ delta
+
+
+@solved_by(_unit_alone)
+def unit_alone(function: Callable[[Tensor, Tensor, Tensor, list[int]], Any]) -> Verdict:
     """Check ``function(H, g, theta, unit)``: ``gᵀδ + ½ δᵀHδ`` with δ = −θ on the unit and zero elsewhere."""
     H = torch.tensor([[2.0, 1.0, 0.5], [1.0, 3.0, -1.0], [0.5, -1.0, 1.0]])
     g, theta = torch.tensor([0.25, -0.5, 1.0]), torch.tensor([1.0, -2.0, 3.0])
@@ -102,9 +118,85 @@ def unit_alone(function: Callable[[Tensor, Tensor, Tensor, list[int]], float]) -
     )
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _carried(weights: list[Tensor], x: Tensor) -> Pairs:
+    return _forward(weights, x)
+
+
+@solved_by(_carried)
+def carried(function: Callable[[list[Tensor], Tensor], Pairs]) -> Verdict:
+    """Check ``function(weights, x)``: what enters each layer, and how it moves as all weights move along themselves.
+
+    The answer is a list of pairs ``(x, ẋ)``, one for each layer and one for the outputs; a ReLU is between layers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small = [torch.tensor([[2.0]]), torch.tensor([[3.0]])], torch.tensor([[1.0]])
+    wide = [torch.randn(out, into, generator=generator) for into, out in ((3, 5), (5, 4), (4, 2))]
+    mistakes: dict[str, Callable[..., Any]] = {
+        "the layer's own motion is missing: ẏ = Wẋ + Wx, since Ẇ = W": (
+            lambda weights, x: _flat(_forward(weights, x, own=False))
+        ),
+        "what the layers before have moved is lost: ẏ = Wẋ + Wx": (
+            lambda weights, x: _flat(_forward(weights, x, before=False))
+        ),
+        "a ReLU that is closed lets no motion through either: set ẏ to zero where y is negative": (
+            lambda weights, x: _flat(_forward(weights, x, closed=False))
+        ),
+        "there is no ReLU behind the last layer": lambda weights, x: _flat(_forward(weights, x, last=True)),
+        "the input itself does not move: its ẋ is zero": (lambda weights, x: _flat(_forward(weights, x, start=x))),
+    }
+
+    @wraps(function)
+    def as_tensor(weights: list[Tensor], x: Tensor) -> object:
+        answer: object = function(weights, x)
+        return _flat(answer) if isinstance(answer, list) and answer else answer
+
+    return compare(
+        as_tensor,
+        [small, (wide, torch.randn(6, 3, generator=generator))],
+        lambda weights, x: _flat(_forward(weights, x)),
+        mistakes,
+        praise="a forward pass that knows where everything is going.",
+        hint="It should be a list of pairs (x, ẋ), first what enters, last the outputs; ẏ = Wẋ + Wx.",
+    )
+
+
+def _flat(pairs: Any) -> Tensor:
+    return torch.cat([part.flatten() for pair in pairs for part in pair])
+
+
+def _forward(
+    weights: list[Tensor],
+    x: Tensor,
+    *,
+    own: bool = True,
+    before: bool = True,
+    closed: bool = True,
+    last: bool = False,
+    start: Tensor | None = None,
+) -> Pairs:
+    pairs = [(x, torch.zeros_like(x) if start is None else start)]
+    for number, W in enumerate(weights):
+        x, moved = pairs[-1]
+        y = x @ W.T
+        along = before * (moved @ W.T) + own * y
+        if last or number < len(weights) - 1:
+            along = along * (y > 0) if closed else along
+            y = y.relu()
+        pairs.append((y, along))
+    return pairs
+
+
 Paths = Sequence[Sequence[str]]
 
 
+def _functional_is_zero(paths: Paths, first: str, second: str) -> bool:
+    return _zero(paths, first, second)
+
+
+@solved_by(_functional_is_zero)
 def functional_is_zero(function: Callable[[Paths, str, str], bool]) -> Verdict:
     """Check ``function(paths, first, second)``: whether no path holds both layers, or they are the same one."""
     paths = [["stem", "conv1", "conv2", "head"], ["stem", "shortcut", "head"]]
@@ -160,4 +252,4 @@ def _in_order(path: Sequence[str], first: str, second: str) -> bool:
     return first in path and second in path and list(path).index(first) < list(path).index(second)
 
 
-__all__ = ["functional_is_zero", "theta_h_theta", "unit_alone"]
+__all__ = ["carried", "functional_is_zero", "theta_h_theta", "unit_alone"]

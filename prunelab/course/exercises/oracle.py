@@ -1,4 +1,4 @@
-"""Checkers for the exercises of ``10_oracle``: rank correlation, the score of a gate, greedy selection."""
+"""Checkers for ``10_oracle``: the score of a gate, greedy selection."""
 
 from __future__ import annotations
 
@@ -9,50 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
-def _correlation(first: Tensor, second: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([first.double(), second.double()]))[0, 1])
+def _gate_score(gradient: Tensor, curvature: Tensor) -> Tensor:
+    return -gradient + curvature / 2
 
 
-def _ranks(values: Tensor) -> Tensor:
-    return values.argsort().argsort()
-
-
-def rank_correlation(function: Callable[[Tensor, Tensor], float]) -> Verdict:
-    """Check ``function(first, second)``: Spearman's correlation of two tensors ``[n]`` without equal values."""
-    cases = [
-        (torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.tensor([0.1, 0.5, 0.2, 0.3])),
-        (torch.tensor([0.3, -2.0, 0.9, 5.0, 0.1]), torch.tensor([4.0, 1.0, 30.0, 2.0, 3.0])),
-        (torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.2, 0.9, 0.1])),
-    ]
-    mistakes: dict[str, Callable[..., Any]] = {
-        "it correlates the values themselves, and one large value decides; replace them by their ranks": _correlation,
-        "argsort gives the unit at each rank, not the rank of each unit; sort a second time": (
-            lambda first, second: _correlation(first.argsort(), second.argsort())
-        ),
-        "its sign is turned round: the same order is +1": (
-            lambda first, second: -_correlation(_ranks(first), _ranks(second))
-        ),
-        "ranks of one side alone do not do: rank both": lambda first, second: _correlation(_ranks(first), second),
-    }
-
-    @wraps(function)
-    def as_number(*given: Tensor) -> object:
-        answer: object = function(*given)
-        return float(answer) if isinstance(answer, Tensor) and answer.numel() == 1 else answer
-
-    return compare(
-        as_number,
-        cases,
-        lambda first, second: _correlation(_ranks(first), _ranks(second)),
-        mistakes,
-        praise="only the order counts, whatever the units of the two scores.",
-        hint="Turn both into ranks, and correlate these with torch.corrcoef.",
-    )
-
-
+@solved_by(_gate_score)
 def gate_score(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(gradient, curvature)``: the predicted loss change when each gate goes from one to zero."""
     cases = [
@@ -78,6 +42,11 @@ def gate_score(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     )
 
 
+def _greedy_order(scores: Tensor, matrix: Tensor, number: int) -> Tensor:
+    return _greedy(scores, matrix, number)
+
+
+@solved_by(_greedy_order)
 def greedy_order(function: Callable[[Tensor, Tensor, int], Tensor]) -> Verdict:
     """Check ``function(scores, matrix, number)``: the units that greedy selection removes, in that order.
 
@@ -146,4 +115,4 @@ def _forgetful(scores: Tensor, matrix: Tensor, number: int) -> Tensor:
     return torch.tensor(gone)
 
 
-__all__ = ["gate_score", "greedy_order", "rank_correlation"]
+__all__ = ["gate_score", "greedy_order"]
