@@ -244,8 +244,8 @@ def masked_surgeon(function: Callable[[Tensor, Tensor, int, int, bool], Tensor])
         "the move has the wrong sign": lambda *case: made(*case, plus=True),
         "the move is not divided by U_cc": lambda *case: made(*case, times=True),
         "the price is divided by U_cc once; it is w² over the square of U_cc": lambda *case: made(*case, root=True),
-        "it chooses by w² even where `priced` is True": lambda *case: made(*case[:4], False),
-        "it chooses by price even where `priced` is False": lambda *case: made(*case[:4], True),
+        "it chooses by w² even where `priced` is True": lambda w, u, n, m, _: made(w, u, n, m, False),
+        "it chooses by price even where `priced` is False": lambda w, u, n, m, _: made(w, u, n, m, True),
     }
     return compare(
         function,
