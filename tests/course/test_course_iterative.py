@@ -14,37 +14,41 @@ from prunelab.course.figures import iterative as figures
 from prunelab.data import ImageSet
 
 
+def loop(model, batches, lr, zero=True, train=True, cosine=True, momentum=0.9, steps=True, rest=True):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    model.train(train)
+    for inputs, targets in batches:
+        optimizer.zero_grad() if zero else None
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step() if steps else None
+        schedule.step() if cosine and steps else None
+    return model.eval() if rest else model
+
+
 @pytest.mark.parametrize(
-    ("attempt", "words"),
+    ("options", "words"),
     [
-        (lambda step, steps, share: (1 - step / steps) ** 3, "ends at zero"),
-        (lambda step, steps, share: 1 - (1 - share) * step / steps, "linear schedule"),
-        (lambda step, steps, share: 1 - (1 - share) * (step / steps) ** 3, "starts slowly"),
-        (lambda step, steps, share: share ** (step / steps), "geometric"),
-        (lambda step, steps, share: (1 - share) * (1 - (1 - step / steps) ** 3), "what is gone"),
-        (lambda step, steps, share: (1 - (1 - share) * step / steps) ** 3, "cube of `share`"),
-        (lambda step, steps, share: 0.5, "from 1 to 0"),
+        ({"zero": False}, "zero_grad"),
+        ({"train": False}, "model.train()"),
+        ({"cosine": False}, "does not fall"),
+        ({"momentum": 0.0}, "no momentum"),
+        ({"momentum": 0.5}, "One pass"),
+        ({"steps": False}, "optimizer.step()"),
+        ({"rest": False}, "still in training mode"),
     ],
 )
-def test_mistakes_about_schedules_are_explained(attempt, words):
-    verdict = exercises.cubic_schedule(attempt)
+def test_mistakes_in_the_loop_are_explained(options, words):
+    verdict = exercises.fine_tune(lambda model, batches, lr: loop(model, batches, lr, **options))
     assert not verdict
     assert words in verdict.message
 
 
 @pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (lambda t, T, s: 1 - (1 - s) * t / T, "share of the whole network"),
-        (lambda t, T, s: s ** (1 / T), "geometric"),
-        (lambda t, T, s: 1 - (1 - s) / T, "difference"),
-        (lambda t, T, s: (T - (1 - s) * (t - 1)) / (T - (1 - s) * t), "upside down"),
-        (lambda t, T, s: (T - (1 - s) * (t + 1)) / (T - (1 - s) * t), "the one before"),
-        (lambda t, T, s: s, "before the step"),
-    ],
+    ("attempt", "words"), [(lambda m, b, lr: m.eval(), "as it was"), (lambda m, b, lr: 0.5, "not float")]
 )
-def test_mistakes_about_budgets_are_explained(attempt, words):
-    verdict = exercises.step_budget(attempt)
+def test_a_loop_returns_a_trained_model(attempt, words):
+    verdict = exercises.fine_tune(attempt)
     assert not verdict
     assert words in verdict.message
 

@@ -53,32 +53,61 @@ def test_mistakes_about_bytes_are_explained(attempt, words):
     assert words in verdict.message
 
 
+def published(p, w, sign=False, layer=True, own=False, plus=True):
+    most, top = (max(v.abs().max() for v in parts.values()) for parts in (p, w))
+    score = {n: (v if sign else v.abs()) / (v.abs().max() if layer else most) for n, v in p.items()}
+    return {n: v + plus * w[n].abs() / (w[n].abs().max() if own else top) for n, v in score.items()}
+
+
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda share, factor: 1 - share + share / factor, "the speed-up is one over it"),
-        (lambda share, factor: 1 - share + share * factor, "times that add up"),
-        (lambda share, factor: factor, "all other layers"),
-        (lambda share, factor: factor / share, "everything else"),
-        (lambda share, factor: 1 / (1 - share), "limit"),
-        (lambda share, factor: share, "one second"),
+        (lambda p, w: published(p, w, sign=True), "keep their sign"),
+        (lambda p, w: published(p, w, layer=False), "largest of the network; take"),
+        (lambda p, w: published(p, w, own=True), "weights are divided by the largest of their layer"),
+        (lambda p, w: published(p, w, plus=False), "second term"),
+        (lambda p, w: {n: v.abs() / max(x.abs().max() for x in w.values()) for n, v in w.items()}, "magnitudes alone"),
+        (lambda p, w: {n: v + 1 for n, v in p.items()}, "two terms"),
+        (lambda p, w: p["first"], "a dict"),
     ],
 )
-def test_mistakes_about_speed_are_explained(attempt, words):
-    verdict = exercises.network_speedup(attempt)
+def test_mistakes_about_the_published_score_are_explained(attempt, words):
+    verdict = exercises.published_score(attempt)
     assert not verdict
     assert words in verdict.message
 
 
-def test_curves_have_a_line_per_criterion_and_one_for_the_dense_network():
-    table = pd.DataFrame(
-        [{"criterion": name, "density": share, "accuracy": share} for name in "ab" for share in (0.5, 0.1)]
-    )
-    axes = figures.score_curves(table, 0.9).axes[0]
-    assert [line.get_label() for line in axes.lines[:2]] == ["a", "b"]
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([10, 50])
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10", "50"]
-    assert axes.lines[2].get_ydata() == pytest.approx([90, 90])
+def surgeon(weight, factor, n, m, priced=True, move=1, early=False, power=2, largest=True, divide=True):
+    first, weight = weight, weight.clone()
+    for start in range(0, weight.shape[1], m):
+        price = (first if early else weight)[:, start : start + m] ** 2
+        price = price / factor.diagonal()[start : start + m] ** power if priced else price
+        gone = torch.ones_like(price).scatter(1, price.topk(n, 1, largest=largest).indices, 0.0)
+        for c in range(start, start + m):
+            lost = weight[:, c] * gone[:, c - start] / (factor[c, c] if divide else 1)
+            weight[:, c:] -= move * torch.outer(lost, factor[c, c:])
+            weight[:, c] *= 1 - gone[:, c - start]
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("attempt", "words"),
+    [
+        (lambda *case: surgeon(*case, move=0), "nothing moves"),
+        (lambda *case: surgeon(*case, move=-1), "wrong sign"),
+        (lambda *case: surgeon(*case, early=True), "from the first weights"),
+        (lambda *case: surgeon(*case, power=1), "U_cc once"),
+        (lambda *case: surgeon(*case, largest=False), "cheapest go"),
+        (lambda *case: surgeon(*case, divide=False), "not divided"),
+        (lambda *case: surgeon(*case[:4], False), "even where `priced` is True"),
+        (lambda *case: surgeon(*case[:4], True), "even where `priced` is False"),
+        (lambda *case: case[0], "Choose once per block"),
+    ],
+)
+def test_mistakes_of_the_masked_surgeon_are_explained(attempt, words):
+    verdict = exercises.masked_surgeon(attempt)
+    assert not verdict
+    assert words in verdict.message
 
 
 def test_every_layer_is_a_row_and_every_way_a_mark():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
 def _case(seed: int, outs: int, ins: int, gone: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +35,12 @@ def _summed(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
     return total[:, kept]
 
 
+def _refit(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
+    among, across = C[kept][:, kept], C[~kept][:, kept]
+    return W[:, kept] + torch.linalg.solve(among, (W[:, ~kept] @ across).T).T
+
+
+@solved_by(_refit)
 def refit(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, C, kept)``: the weights of the inputs that stay, after the least-squares refit."""
     mistakes: dict[str, Callable[..., Any]] = {
@@ -64,6 +70,11 @@ def refit(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     )
 
 
+def _new_bias(W: Tensor, bias: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
+    return bias + W[:, ~kept] @ mean[~kept]
+
+
+@solved_by(_new_bias)
 def new_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, bias, mean, kept)``: the bias that best makes up for removed inputs, all else fixed."""
     cases = [
@@ -101,6 +112,13 @@ def new_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Ve
     )
 
 
+def _unrestored(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
+    known = C[~kept][:, kept] @ torch.linalg.solve(C[kept][:, kept], C[kept][:, ~kept])
+    schur = C[~kept][:, ~kept] - known
+    return (W[:, ~kept] @ schur * W[:, ~kept]).sum()
+
+
+@solved_by(_unrestored)
 def unrestored(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, C, kept)``: the mean squared error that is left after the best refit."""
 

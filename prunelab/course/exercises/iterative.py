@@ -1,84 +1,103 @@
-"""Checkers for the exercises of ``12_iterative``: a schedule, the budget of one step, the loss of distillation."""
+"""Checkers for the exercises of ``12_iterative``: the fine-tuning loop, the loss of distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, answer_of, compare, solved_by
 
 
-def cubic_schedule(function: Callable[[int, int, float], float]) -> Verdict:
-    """Check ``function(step, steps, share)``: the share of the whole that is left after a step of the cubic schedule.
+def _fine_tune(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], lr: float) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    model.train()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
 
-    It goes from 1 at step 0 to ``share`` at the last step; what is still to go shrinks with the cube of the way left.
+
+@solved_by(_fine_tune)
+def fine_tune(function: Callable[[nn.Module, Sequence[tuple[Tensor, Tensor]], float], nn.Module]) -> Verdict:
+    """Check ``function(model, batches, lr)``: one pass over the batches; the model, trained and in evaluation mode.
+
+    SGD with momentum 0.9, the cross-entropy, and a learning rate from ``lr`` to zero along a cosine.
     """
-    mistakes: dict[str, Callable[[int, int, float], float]] = {
-        "it ends at zero; what is to stay, `share`, has to be left at the last step": (
-            lambda step, steps, share: (1 - step / steps) ** 3
-        ),
-        "that is the linear schedule; take the cube of the way that is left": (
-            lambda step, steps, share: share + (1 - share) * (1 - step / steps)
-        ),
-        "it starts slowly and ends with large cuts; the cube belongs to the way that is left, and not to the way that "
-        "is done": lambda step, steps, share: 1 - (1 - share) * (step / steps) ** 3,
-        "that is the geometric schedule, which cuts by the same factor": (
-            lambda step, steps, share: share ** (step / steps)
-        ),
-        "that is what is gone; what is left was asked for": (
-            lambda step, steps, share: (1 - share) * (1 - (1 - step / steps) ** 3)
-        ),
-        "it raises the whole linear schedule to the third power, so that it ends at the cube of `share`": (
-            lambda step, steps, share: (share + (1 - share) * (1 - step / steps)) ** 3
-        ),
+    generator = torch.Generator().manual_seed(0)
+    first = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).double()
+    for value in first.parameters():
+        value.data.copy_(torch.randn(value.shape, generator=generator).double())
+    batches = []
+    for _ in range(6):
+        inputs = torch.randn(8, 3, generator=generator).double()
+        batches.append((inputs, torch.randint(2, (8,), generator=generator)))
+    trained: list[Any] = []
+
+    def train(lr: float) -> Tensor | None:
+        trained.append(function(copy.deepcopy(first).eval(), batches, lr))
+        return _flat(trained[-1]) if isinstance(trained[-1], nn.Module) else None
+
+    train.__name__ = "fine_tune"
+    answer, verdict = answer_of(train, 0.2)
+    if verdict is not None and trained and trained[-1] not in (None, ...):
+        return Verdict(False, f"it should return the model, not {type(trained[-1]).__name__}.")
+    if verdict is not None:
+        return verdict
+
+    def made(
+        zero: bool = True, training: bool = True, cosine: bool = True, momentum: float = 0.9, steps: bool = True
+    ) -> Tensor:
+        model = copy.deepcopy(first).train(training)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=momentum)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+        for inputs, targets in batches:
+            if zero:
+                optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            if steps:
+                optimizer.step()
+            if cosine and steps:
+                schedule.step()
+        return _flat(model)
+
+    if torch.allclose(answer, made()):
+        if trained[-1].training:
+            return Verdict(False, "the model is still in training mode; call `model.eval()` at the end.")
+        return Verdict(True, "eight lines, and every criterion of this chapter is trained by them.")
+    mistakes = {
+        "gradients add up from batch to batch: `optimizer.zero_grad()` is missing": made(zero=False),
+        "batch norm still uses the statistics of the whole network: call `model.train()` first": made(training=False),
+        "the learning rate does not fall: call `schedule.step()` after every batch": made(cosine=False),
+        "there is no momentum; it is 0.9": made(momentum=0.0),
+        "nothing was trained: `optimizer.step()` is missing": made(training=True, steps=False),
+        "the model is as it was": _flat(first),
     }
-    return compare(
-        function,
-        [(1, 4, 0.2), (2, 4, 0.5), (0, 3, 0.3), (3, 3, 0.3)],
-        lambda step, steps, share: share + (1 - share) * (1 - step / steps) ** 3,
-        mistakes,
-        praise="large cuts while there is much to spare, small ones at the end.",
-        hint="Start from `share` and add a part of `1 - share` that goes from 1 to 0.",
-    )
+    for words, mistake in mistakes.items():
+        if torch.allclose(answer, mistake):
+            return Verdict(False, f"the weights are not right: {words}.")
+    return Verdict(False, "the weights are not right. One pass, one step per batch, momentum 0.9 and a cosine.")
 
 
-def step_budget(function: Callable[[int, int, float], float]) -> Verdict:
-    """Check ``function(step, steps, share)``: the share that a step of the linear schedule keeps of what is there.
-
-    After step t of T, counted from 1, the linear schedule has ``1 - (1 - share) * t / T`` of the whole left.
-    """
-
-    def left(step: int, steps: int, share: float) -> float:
-        return 1 - (1 - share) * step / steps
-
-    mistakes: dict[str, Callable[[int, int, float], float]] = {
-        "that is the share of the whole network; the network of this step is smaller already": left,
-        "it keeps as much in every step, which is the geometric schedule": (
-            lambda step, steps, share: share ** (1 / steps)
-        ),
-        "it takes the difference; a share of what is there is a quotient": (
-            lambda step, steps, share: 1 - (left(step - 1, steps, share) - left(step, steps, share))
-        ),
-        "the quotient is upside down": lambda step, steps, share: (
-            left(step - 1, steps, share) / left(step, steps, share)
-        ),
-        "it compares with the next step; compare with the one before": lambda step, steps, share: (
-            left(step + 1, steps, share) / left(step, steps, share)
-        ),
-    }
-    return compare(
-        function,
-        [(1, 2, 0.5), (2, 2, 0.5), (3, 4, 0.2)],
-        lambda step, steps, share: left(step, steps, share) / left(step - 1, steps, share),
-        mistakes,
-        praise="what is left after the step, of what was left before it; the last steps cut deepest.",
-        hint="How much of the whole is left before the step, and how much after it?",
-    )
+def _flat(model: nn.Module) -> Tensor:
+    """Return parameters and the statistics of batch norms as one vector."""
+    return torch.cat([value.detach().double().flatten() for value in model.state_dict().values()])
 
 
+def _distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    log_q = F.log_softmax(student / temperature, dim=1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+
+@solved_by(_distillation_loss)
 def distillation_loss(function: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
     """Check ``function(student, teacher, temperature)``: the loss of distillation for logits ``[batch, classes]``.
 
@@ -131,4 +150,4 @@ def distillation_loss(function: Callable[[Tensor, Tensor, float], Tensor]) -> Ve
     )
 
 
-__all__ = ["cubic_schedule", "distillation_loss", "step_budget"]
+__all__ = ["distillation_loss", "fine_tune"]

@@ -7,9 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
+def _paired_error(first: Tensor, second: Tensor) -> float:
+    difference = first.double() - second.double()
+    variance = (difference**2).mean() - difference.mean() ** 2
+    return float((variance / len(difference)) ** 0.5)
+
+
+@solved_by(_paired_error)
 def paired_error(function: Callable[[Tensor, Tensor], float]) -> Verdict:
     """Check ``function(first, second)``: the standard error of the difference of two accuracies on the same images.
 
@@ -59,6 +66,13 @@ def paired_error(function: Callable[[Tensor, Tensor], float]) -> Verdict:
     )
 
 
+def _mean_ranks(values: Tensor) -> Tensor:
+    better = (values[:, None, :] > values[:, :, None]).sum(2)
+    equal = (values[:, None, :] == values[:, :, None]).sum(2)
+    return (better + (equal + 1) / 2).mean(0)
+
+
+@solved_by(_mean_ranks)
 def mean_ranks(function: Callable[[Tensor], Tensor]) -> Verdict:
     """Check ``function(values)``: the mean rank of each method over blocks, for ``values [blocks, methods]``.
 
@@ -99,6 +113,13 @@ def mean_ranks(function: Callable[[Tensor], Tensor]) -> Verdict:
     )
 
 
+def _pareto_front(costs: Tensor, values: Tensor) -> Tensor:
+    no_worse = (costs[None, :] <= costs[:, None]) & (values[None, :] >= values[:, None])
+    better = (costs[None, :] < costs[:, None]) | (values[None, :] > values[:, None])
+    return ~(no_worse & better).any(1)
+
+
+@solved_by(_pareto_front)
 def pareto_front(function: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(costs, values)``: which points no other one beats, as bool ``[points]``.
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
 def _rows(head: int, heads: int, d: int) -> Tensor:
     return (torch.arange(3)[:, None] * heads * d + head * d + torch.arange(d)).flatten()
 
 
+@solved_by(_rows)
 def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     """Check ``function(head, heads, d)``: the rows of a head in a fused projection, ``[3 d]`` in ascending order."""
     mistakes: dict[str, Callable[..., Any]] = {
@@ -46,6 +47,11 @@ def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     )
 
 
+def _query_factor(old: int, new: int) -> float:
+    return (new / old) ** 0.5
+
+
+@solved_by(_query_factor)
 def query_factor(function: Callable[[int, int], float]) -> Verdict:
     """Check ``function(old, new)``: what the query rows that stay are multiplied by when heads become narrower."""
     mistakes: dict[str, Callable[..., Any]] = {
@@ -74,6 +80,7 @@ def _flops(tokens: int, width: int, heads: int, d: int) -> int:
     return 2 * tokens * heads * d * (4 * width + 2 * tokens)
 
 
+@solved_by(_flops)
 def attention_flops(function: Callable[[int, int, int, int], float]) -> Verdict:
     """Check ``function(tokens, width, heads, d)``: FLOPs of the four matrix products of attention, for one image."""
     mistakes: dict[str, Callable[..., Any]] = {

@@ -13,35 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture, styles
+from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture
 
 MARKS = [(BLUE, "o", "-"), (VERMILLION, "^", "--"), (GREEN, "D", "-."), (PURPLE, "v", ":"), (ORANGE, "s", "-")]
 """Colour, marker and line for what is no criterion, in the order in which it comes."""
-ABSOLUTE = "oba, absolute"
-"""OBA's score without its sign, beside the criterion itself."""
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE])
-
-
-def score_curves(table: pd.DataFrame, whole: float) -> Figure:
-    """Draw one line per criterion: accuracy against the share of weights that stay.
-
-    Args:
-        table: columns ``criterion``, ``density`` and ``accuracy`` (shares).
-        whole: accuracy of the dense network, a thin line.
-    """
-    figure = picture()
-    axes = axes_of(figure, xlabel="weights kept (%, logarithmic)", ylabel="accuracy on test images (%)")
-    for name, color, marker, line in styles(table["criterion"]):
-        if name == ABSOLUTE:
-            color, marker, line = INK, "*", ":"
-        rows = table[table["criterion"] == name].sort_values("density")
-        x, y = 100 * rows["density"], 100 * rows["accuracy"]
-        axes.plot(x, y, line, marker=marker, color=color, linewidth=2, markersize=7, label=name)
-    _logarithmic(axes, table["density"])
-    _level(axes, 100 * whole, "dense network")
-    axes.set_ylim(0, 105)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=11)
-    return figure
 
 
 def layer_densities(shares: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -195,10 +171,3 @@ def _plain_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _level(axes: Axes, height: float, words: str) -> None:
-    """Draw a thin line at the height of something that does not vary, and say what it is."""
-    axes.axhline(height, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
-    beside = axes.get_yaxis_transform()
-    axes.text(0.01, height, words, transform=beside, fontsize=10, color=GREY, va="bottom")
