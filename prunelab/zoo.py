@@ -124,7 +124,7 @@ def build(name: str, num_classes: int = 10) -> nn.Module:
 
 
 def checkpoint(name: str) -> Path:
-    """Return the path of the trained checkpoint of ``name``; its training log stands beside it as JSON."""
+    """Return the path of the trained checkpoint of ``name``; its training log is next to it, as JSON."""
     return data.root() / "checkpoints" / f"{name}.safetensors"
 
 

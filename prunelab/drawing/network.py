@@ -39,7 +39,7 @@ class Node:
     """A box: a layer, a join of several lines, the input or the output.
 
     Attributes:
-        label: what stands beside it.
+        label: what is written next to it.
         parts: ``(share, group or None)``: the colours of what it gives on, side by side.
         sources: the boxes that its lines come from.
     """

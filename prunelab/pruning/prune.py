@@ -81,7 +81,7 @@ def prune(
         bytes: share of the memory of parameters and buffers to keep; or
         latency: share of the time of one forward pass to keep (see ``plan``); or
         ratio: share of the units to remove, in [0, 1), of which 0 removes nothing.
-        steps: cut in so many steps, scoring anew before each.
+        steps: cut in so many steps, scoring again before each.
         schedule: what is left after each step: equal parts of what was there (``"geometric"``), equal amounts
             (``"linear"``), much at first and little at the end (``"cubic"``), or ``(progress, final) -> share left``.
         compensate: refit what is left after every cut: ``True`` on ``data``, or on other batches, as ``apply`` takes
@@ -91,7 +91,7 @@ def prune(
             one number, which is then called ``"score"``.
         state: folder in which the run is kept after every stage.  Called again after it was stopped, at any point, with
             the same arguments, it goes on there; a finished run is returned from it.
-        seed: of Python's, NumPy's and PyTorch's random numbers, drawn anew for every scoring and every fine-tuning, so
+        seed: of Python's, NumPy's and PyTorch's random numbers, drawn again for every scoring and every fine-tuning, so
             that a run that was stopped ends like one that was not.  That is so as long as ``finetune`` and ``data``
             draw from nothing else: a loader with a generator of its own is to be made in ``finetune``.  By default it
             is drawn from PyTorch's generator.

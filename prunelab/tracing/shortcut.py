@@ -1,4 +1,4 @@
-"""What an operator returns for tensors of given shapes, remembered: PyTorch takes ten times longer to work it out anew.
+"""What an operator returns for tensors of given shapes, remembered: PyTorch takes ten times longer to find out.
 
 Flows in: an operator with its arguments, fake tensors among them.  Flows out: fake tensors as before, or ``None`` where
 PyTorch must be asked.  Only shapes, strides, types and devices are kept, of which results without data are a pure

@@ -71,7 +71,7 @@ def test_every_parameter_of_the_notebook_is_checked():
         ({"options": '{"fishr": "mc"}'}, "its options are"),
         ({"schedule": "cubik"}, "`schedule` is 'cubik', but should be one of"),
         ({"schedule": "0.5 0.6"}, "or falling shares"),
-        ({"device": "tpu"}, "`device` is 'tpu', which is not to be had here"),
+        ({"device": "tpu"}, "`device` is 'tpu', which is not available here"),
     ],
 )
 def test_what_does_not_go_together_is_named(given, words):

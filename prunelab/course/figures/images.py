@@ -14,7 +14,7 @@ from prunelab.drawing.style import INK, VERMILLION, picture
 def image_grid(
     images: Tensor | np.ndarray, labels: Sequence[str], predictions: Sequence[str] | None = None, *, columns: int = 8
 ) -> Figure:
-    """Show images with their labels; with predictions, what the network says, and the truth where it errs.
+    """Show images with their labels; with predictions, what the network says, and the truth where it is wrong.
 
     Args:
         images: ``[N, 3, H, W]``, bytes or floats in [0, 1].

@@ -55,7 +55,7 @@ class Run:
         removed: what the last cut was: a plan, or nothing where there is none.
 
     Raises:
-        DataError: there is no such network, checkpoint or data set; or it is not to be had here.
+        DataError: there is no such network, checkpoint or data set; or it is not available here.
         PruneLabError: the network has more or fewer outputs than the data set has classes.
     """
 

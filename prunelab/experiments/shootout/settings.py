@@ -186,7 +186,7 @@ class Settings:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             said = str(error).splitlines()[0]
-            raise PruneLabError(f"`device` is {self.device!r}, which is not to be had here: {said}") from error
+            raise PruneLabError(f"`device` is {self.device!r}, which is not available here: {said}") from error
         return device
 
     def recipe(self) -> Recipe:

@@ -227,7 +227,7 @@ def deformable(step: Step) -> None:
 
 
 def fresh(step: Step) -> None:
-    """A constant written in the code, made anew in every call, since code may write to it."""
+    """A constant written in the code, made again in every call, since code may write to it."""
     step.give(aten.clone.default, step.builder.node(step["self"]))
 
 
