@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gate, T=4": {"temperature": 4.0},
         "gate, hard labels": {"curvature": "empirical"},
     },
+    "oba": {"oba": {"signed": True}, "oba, absolute": {}},
 }
 """Criterion -> label -> options; any other criterion runs with its defaults, and raw where it can."""
 
@@ -70,7 +71,7 @@ SHOWN = {
     "kron_obd": "Kron-OBD",
     "kron_obs": "Kron-OBS",
     "eigendamage, factorized, GGN": "EigenDamage, factorised",
-    "oba": "θ ⊙ Hθ",
+    "oba": "θ ⊙ Hθ, signed",
     "gate": "gate",
     "gate + linear": "gate, with its slope",
     "gate, T=4": "gate, softened labels",

@@ -36,7 +36,7 @@ LABELS = {
     ("taylor", "{}"): "Taylor",
     ("obd", "{}"): "OBD, empirical Fisher",
     ("kron_obs", "{}"): "Kron-OBS",
-    ("oba", "{}"): "θ ⊙ Hθ",
+    ("oba", '{"signed": true}'): "θ ⊙ Hθ, signed",
     ("gate", "{}"): "gate",
     ("gate", '{"interactions": true, "temperature": 4.0}'): "gate, greedy, softened labels",
     ("eigendamage", '{"fisher": "ggn"}'): "EigenDamage, factorised",

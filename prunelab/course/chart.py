@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None, measure: Callable[..., list[dict[st
     path = Path(parser.parse_args(arguments).out)
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     there = {(row["method"], row["shares"], row["draw"]) for row in rows}
-    for run in tqdm([run for run in runs() if run not in there]):
+    for run in tqdm([run for run in reversed(list(runs())) if run not in there]):
         rows += measure(*run)
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         how = {"images": IMAGES, "network": "resnet20", "torch": torch.__version__}
