@@ -78,13 +78,6 @@ def test_removed_heads_are_crossed_out():
     assert not figures.head_map(values).axes[0].lines
 
 
-def test_rank_one_is_the_lowest_score():
-    maps = {name: torch.tensor([[0.3, 0.1], [0.2, 0.4]]) for name in "abcde"}
-    figure = figures.head_ranks(maps)
-    assert len(figure.axes) == 5
-    assert [text.get_text() for text in figure.axes[4].texts] == ["3", "1", "2", "4"]
-
-
 def test_random_orders_are_averaged_with_their_range():
     rows = [("random", 4, 0.5), ("random", 4, 0.7), ("oracle", 4, 0.8)]
     table = pd.DataFrame(rows, columns=["criterion", "heads", "accuracy"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,6 @@ from torch import Tensor
 from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, axes_of, picture, styles
 
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE])
-AMOUNT = LinearSegmentedColormap.from_list("amount", ["white", BLUE])
 HEADS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, GREY, INK]
 KINDS = [(BLUE, "o", "-"), (ORANGE, "s", "-."), (GREEN, "D", "--"), (INK, "*", "-")]
 
@@ -81,29 +80,6 @@ def _squares(axes: Axes, values: Tensor) -> None:
     axes.spines[:].set_visible(False)
 
 
-def head_ranks(maps: Mapping[str, Tensor]) -> Figure:
-    """Draw the rank of every head by several criteria, a panel for each; rank 1 goes first.
-
-    Args:
-        maps: criterion -> ``[blocks, heads]`` scores.
-    """
-    columns = -(-len(maps) // 2) if len(maps) > 4 else len(maps)
-    rows = -(-len(maps) // columns)
-    figure = picture(2.6 * columns + 0.3, 3.2 * rows)
-    grid = figure.add_gridspec(rows, columns)
-    for place, (name, values) in enumerate(maps.items()):
-        ranks = pd.Series(values.flatten().numpy()).rank().to_numpy().reshape(values.shape)
-        ylabel = "block" if place % columns == 0 else ""
-        xlabel = "head" if place // columns == rows - 1 else ""
-        axes = axes_of(figure, xlabel=xlabel, ylabel=ylabel, title=name, place=grid[divmod(place, columns)])
-        axes.imshow(ranks, cmap=AMOUNT, aspect="auto")
-        for (block, head), rank in np.ndenumerate(ranks):
-            color = "white" if rank > 0.6 * ranks.size else INK
-            axes.text(head, block, f"{rank:.0f}", ha="center", va="center", fontsize=10.5, color=color)
-        _squares(axes, values)
-    return figure
-
-
 def heads_removed(table: pd.DataFrame, whole: float) -> Figure:
     """Draw accuracy against the number of heads that are gone, one line for each order.
 
@@ -154,4 +130,4 @@ def kinds_at_equal_flops(table: pd.DataFrame, whole: float) -> Figure:
     return figure
 
 
-__all__ = ["fused_rows", "head_map", "head_ranks", "heads_removed", "kinds_at_equal_flops"]
+__all__ = ["fused_rows", "head_map", "heads_removed", "kinds_at_equal_flops"]
