@@ -47,7 +47,7 @@ COURSE = [
     Case("05_obs", ("list",), {"layer_images": 500}),
     Case("06_obd_or_obs", ("slider", "buttons")),
     Case("07_kfac", ("buttons", "slider", "buttons")),
-    Case("08_eigendamage", ("buttons", "slider"), {"samples": 160, "curve_images": 250}),
+    Case("08_eigendamage", ("buttons", "slider"), {"samples": 160, "curve_images": 250, "repeats": 2}),
     Case("09_oba", ("list", "list", "buttons"), {"samples": 32, "units": 6, "epochs": 1}),
     Case("10_oracle", ("list", "list"), {"units": 50}),
     Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),

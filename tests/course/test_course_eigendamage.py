@@ -45,41 +45,35 @@ def test_mistakes_about_the_eigenbasis_are_explained(attempt, words):
     assert words in verdict.message
 
 
-def gone(kept, size):
-    return [place for place in range(size) if place not in kept]
+def least(importance, K, price, rotations=1, sign=1):
+    rows, columns = (importance.sum(dim).argsort(descending=sign > 0) for dim in (1, 0))
+    n_out, n_in = importance.shape
+    pairs = [(i, j) for i in range(1, n_out + 1) for j in range(1, n_in + 1)]
+
+    def total(pair):
+        i, j = pair
+        macs = i * j * K + rotations * (n_in * j + n_out * i)
+        return float(importance.sum() - importance[rows[:i]][:, columns[:j]].sum() + price * macs)
+
+    return min(pairs, key=total)
+
+
+def test_every_pair_of_ranks_is_tried():
+    assert exercises.ranks_at(least)
 
 
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda t, r, c: t[r][:, c].sum(), "what stays"),
-        (lambda t, r, c: t[gone(r, len(t))].sum() + t[:, gone(c, t.shape[1])].sum(), "counted twice"),
-        (lambda t, r, c: t[gone(r, len(t))][:, gone(c, t.shape[1])].sum(), "only those that lose both"),
-        (lambda t, r, c: t[gone(r, len(t))].sum(), "columns go as well"),
-        (lambda t, r, c: 1.0, "subtract those that stay"),
-    ],
-)
-def test_mistakes_about_damage_are_explained(attempt, words):
-    verdict = exercises.damage_of(attempt)
-    assert not verdict
-    assert words in verdict.message
-
-
-def best(cheaper):
-    return lambda channels, K: max((r for r in range(1, channels + 1) if cheaper(r, channels, K)), default=0)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "words"),
-    [
-        (lambda channels, K: channels - 1, "leaves the rotations out"),
-        (best(lambda r, n, K: n * r + r * r * K < n * n * K), "one rotation"),
-        (best(lambda r, n, K: (2 * n * r + r * r) * K < n * n * K), "1×1 convolutions"),
-        (lambda channels, K: channels // 2, "for every r"),
+        (lambda *given: least(*given, rotations=0), "leaves out the rotations"),
+        (lambda *given: least(*given)[::-1], "other way round"),
+        (lambda t, K, price: least(t, 1, price), "K entries"),
+        (lambda *given: least(*given, sign=-1), "smallest sums"),
+        (lambda t, K, price: (1, 1), "all pairs of ranks"),
     ],
 )
 def test_mistakes_about_ranks_are_explained(attempt, words):
-    verdict = exercises.largest_rank(attempt)
+    verdict = exercises.ranks_at(attempt)
     assert not verdict
     assert words in verdict.message
 
@@ -95,8 +89,8 @@ def table() -> pd.DataFrame:
 
 
 def test_correlations_have_ones_on_the_diagonal_and_lie_between_minus_one_and_one():
-    figure = figures.before_and_after(torch.randn(9, 2, 3), torch.randn(9, 2, 3))
-    for axes in figure.axes[:2]:
+    figure = figures.before_and_after(*(torch.randn(9, 2, 3) for _ in range(3)))
+    for axes in figure.axes[:3]:
         shown = torch.as_tensor(axes.images[0].get_array())
         torch.testing.assert_close(shown.diagonal(), torch.ones(6))
         assert shown.abs().max() <= 1 + 1e-6

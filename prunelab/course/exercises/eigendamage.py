@@ -1,4 +1,4 @@
-"""Checkers for the exercises of ``08_eigendamage``: scores in the eigenbasis, damage of a cut, where it pays."""
+"""Checkers for the exercises of ``08_eigendamage``: scores in the eigenbasis, ranks at one price."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.course.exercises.verdict import Verdict, compare
+from prunelab.course.exercises.verdict import Verdict, compare, solved_by
 
 
+def _scores(W: Tensor, A: Tensor, S: Tensor) -> Tensor:
+    (a, q_a), (s, q_s) = torch.linalg.eigh(A), torch.linalg.eigh(S)
+    return 0.5 * (q_s.mT @ W @ q_a) ** 2 * torch.outer(s, a)
+
+
+@solved_by(_scores)
 def kfe_scores(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """Check ``function(W, A, S)``: ``½ (Q_Sᵀ W Q_A)² ⊙ λ_S λ_Aᵀ``, ``[out, in]``, eigenvalues ascending."""
     cases = [
@@ -59,67 +65,52 @@ def kfe_scores(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     )
 
 
-def damage_of(function: Callable[[Tensor, list[int], list[int]], float]) -> Verdict:
-    """Check ``function(scores, rows, columns)``: the sum of all scores outside the rows and columns that are kept."""
-    table = torch.tensor([[4.0, 1.0, 0.5], [2.0, 0.25, 0.125], [1.0, 0.5, 0.0625]])
-    cases = [(table, [0, 1], [0]), (table, [0], [0, 2]), (table[:2], [1], [1, 2])]
+def _ranks(
+    importance: Tensor, K: int, price: float, sides: int = 2, core: int = 0, worst: bool = False
+) -> tuple[int, int]:
+    rows, columns = (importance.sum(dim).argsort(descending=not worst) for dim in (1, 0))
+    kept = importance[rows][:, columns].cumsum(0).cumsum(1)
+    n_out, n_in = importance.shape
+    r_out = torch.arange(1, n_out + 1, device=kept.device)[:, None]
+    r_in = torch.arange(1, n_in + 1, device=kept.device)
+    macs = r_in * r_out * (core or K) + (n_in * r_in + r_out * n_out if sides else 0)
+    best = int((importance.sum() - kept + price * macs).argmin())
+    return best // n_in + 1, best % n_in + 1
 
-    def kept(scores: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-        return scores[rows][:, columns].sum()
 
-    def others(chosen: list[int], size: int) -> list[int]:
-        return [place for place in range(size) if place not in chosen]
+def _ranks_at(importance: Tensor, K: int, price: float) -> tuple[int, int]:
+    return _ranks(importance, K, price)
 
+
+@solved_by(_ranks_at)
+def ranks_at(function: Callable[[Tensor, int, float], tuple[int, int]]) -> Verdict:
+    """Check ``function(importance, K, price)``: ``(r_out, r_in)`` of least damage + price · multiply-adds."""
+    table = torch.tensor([[9.0, 2.0, 0.5, 0.1], [1.0, 4.0, 0.2, 0.1], [0.5, 0.3, 0.1, 0.0]])
+    cases = [(table, 9, price) for price in (0.001, 0.01, 0.04, 0.1)] + [(table.mT.flip(0), 1, 0.1), (table, 1, 0.02)]
+
+    def as_tensor(found: Any) -> Any:
+        return torch.tensor(found) if isinstance(found, (tuple, list)) else found
+
+    def pair(importance: Tensor, K: int, price: float) -> Any:
+        return as_tensor(function(importance, K, price))
+
+    pair.__name__ = function.__name__
     mistakes: dict[str, Callable[..., Any]] = {
-        "that is what stays; the damage is the rest": kept,
-        "entries outside both the rows and the columns are counted twice": (
-            lambda scores, rows, columns: (
-                scores[others(rows, len(scores))].sum() + scores[:, others(columns, scores.shape[1])].sum()
-            )
+        "it leaves out the rotations, in · r_in + out · r_out": (lambda *case: as_tensor(_ranks(*case, sides=0))),
+        "these are the ranks the other way round; the rows, r_out, come first": (
+            lambda *case: as_tensor(_ranks(*case)[::-1])
         ),
-        "entries that lose one of their two ends are gone too: it counts only those that lose both": (
-            lambda scores, rows, columns: kept(scores, others(rows, len(scores)), others(columns, scores.shape[1]))
-        ),
-        "the rows alone are counted; columns go as well": (
-            lambda scores, rows, columns: scores[others(rows, len(scores))].sum()
-        ),
+        "the core has K entries for each row and column that stay": lambda *case: as_tensor(_ranks(*case, core=1)),
+        "it keeps the rows and columns with the smallest sums": lambda *case: as_tensor(_ranks(*case, worst=True)),
     }
     return compare(
-        function,
+        pair,
         cases,
-        lambda scores, rows, columns: float(scores.sum() - kept(scores, rows, columns)),
+        lambda *case: as_tensor(_ranks(*case)),
         mistakes,
-        praise="in the eigenbasis scores add up, so the damage of a cut is a sum, each entry once.",
-        hint="Sum all scores, and subtract those that stay.",
+        praise="one price for all layers, and each finds its own ranks.",
+        hint="Go through all pairs of ranks; the damage is the sum of all scores less what the pair keeps.",
     )
 
 
-def largest_rank(function: Callable[[int, int], int]) -> Verdict:
-    """Check ``function(channels, K)``: the largest rank at which a bottleneck takes fewer multiply-adds."""
-
-    def largest(channels: int, K: int, fewer: Callable[[int], bool]) -> int:
-        return max((rank for rank in range(1, channels + 1) if fewer(rank)), default=0)
-
-    def right(channels: int, K: int) -> int:
-        return largest(channels, K, lambda r: 2 * channels * r + r * r * K < channels**2 * K)
-
-    mistakes: dict[str, Callable[..., Any]] = {
-        "it leaves the rotations out, which cost channels × rank each": lambda channels, K: channels - 1,
-        "it counts one rotation; there is one on each side": (
-            lambda channels, K: largest(channels, K, lambda r: channels * r + r * r * K < channels**2 * K)
-        ),
-        "the rotations are 1×1 convolutions: they do not have the K entries of the kernel": (
-            lambda channels, K: largest(channels, K, lambda r: (2 * channels * r + r * r) * K < channels**2 * K)
-        ),
-    }
-    return compare(
-        function,
-        [(16, 9), (32, 9), (64, 9), (24, 1), (10, 15), (8, 9)],
-        right,
-        mistakes,
-        praise="a 3 × 3 convolution loses little of its range to the rotations, a 1 × 1 convolution most of it.",
-        hint="Compare 2 · channels · r + r² · K with channels² · K, for every r.",
-    )
-
-
-__all__ = ["damage_of", "kfe_scores", "largest_rank"]
+__all__ = ["kfe_scores", "ranks_at"]

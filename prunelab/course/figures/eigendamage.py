@@ -23,21 +23,22 @@ LINEAR = 1e-3
 """Loss changes below this, in nats, are drawn on a linear scale, larger ones on a logarithmic one."""
 
 
-def before_and_after(plain: Tensor, rotated: Tensor) -> Figure:
-    """Draw the correlations of gradients over images, before and after a rotation.
+def before_and_after(plain: Tensor, rotated: Tensor, noise: Tensor) -> Figure:
+    """Draw the correlations of gradients over images, before and after a rotation, and without any correlation.
 
     Args:
         plain: gradients of single images, ``[n, out, in]``.
         rotated: the same in another basis, ``[n, out, in]``.
+        noise: the rotated ones with random signs.
     """
-    figure = picture(10.5, 4.9)
+    figure = picture(12.5, 4.4)
     image = None
-    titles = ("before: pairs of channels", "after: pairs of directions")
-    for place, (title, gradients) in enumerate(zip(titles, (plain, rotated), strict=True)):
+    titles = ("before: pairs of channels", "after: pairs of directions", "after, random signs: noise")
+    for place, (title, gradients) in enumerate(zip(titles, (plain, rotated, noise), strict=True)):
         rows = gradients.flatten(1)
         fisher = rows.mT @ rows
         scale = fisher.diagonal().clamp_min(torch.finfo(fisher.dtype).tiny).sqrt()
-        axes = axes_of(figure, xlabel="weight", ylabel="weight", title=title, place=121 + place)
+        axes = axes_of(figure, xlabel="weight", ylabel="weight", title=title, place=131 + place)
         image = axes.imshow(
             (fisher / torch.outer(scale, scale)).numpy(), cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest"
         )
