@@ -28,7 +28,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help setup tour test lab lint types unit notebooks test-browser test-matrix papermill claims zoo bench docs format lock clean
+.PHONY: help setup tour test lab lint types unit notebooks test-browser test-matrix papermill zoo bench docs format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,9 +73,6 @@ test-matrix: setup ## run the tests with the oldest and newest PyTorch, on Pytho
 
 papermill: setup ## run every notebook three times more: with other parameters, and with two other seeds
 	@$(RUN) -m prunelab.course.notebook vary notebooks/*.ipynb --out $(OUT)/varied
-
-claims: setup ## gather what the notebooks prove into notebooks/CLAIMS.md
-	@$(RUN) -m prunelab.course.notebook claims notebooks/*.ipynb > notebooks/CLAIMS.md
 
 zoo: $(BENCH) ## trace and cut every model of torchvision, and 44 of timm; writes bench/zoo.md (half an hour)
 	@$(RUN) -m bench.zoo --out bench/zoo.md

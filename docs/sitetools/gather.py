@@ -55,7 +55,6 @@ def _copies(root: Path, docs: Path) -> Iterator[tuple[str, str | bytes]]:
     for name in _names(root, "notebooks/*.ipynb"):
         pictures = sorted((docs / "widgets").glob(f"{Path(name).stem}*.png"))
         yield name, notebook((root / name).read_text(encoding="utf-8"), pictures)
-    yield "notebooks/solutions/index.md", _solutions(root)
     yield "notebooks/parameters/index.md", _parameters(root)
 
 
@@ -84,7 +83,7 @@ def _names(root: Path, pattern: str) -> list[str]:
 def page(text: str, name: str) -> str:
     """Return a page with its links as the site needs them: ``docs/`` is the site's own root, a folder has an index."""
     text = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", text)
-    text = re.sub(r"\]\((solutions|parameters)/?\)", r"](\1/index.md)", text)
+    text = re.sub(r"\]\(parameters/?\)", r"](parameters/index.md)", text)
     if name.startswith("bench/") and not text.lstrip().startswith("# "):
         text = f"# {Path(name).stem.replace('_', ' ').capitalize()}\n\n{text}"
     return text
@@ -115,12 +114,8 @@ def _widget(picture: bytes | None) -> list[dict[str, Any]]:
     return [*shown, {"data": {"text/html": html}, "metadata": {}, "output_type": "display_data"}]
 
 
-def _solutions(root: Path) -> str:
-    return "# Solutions to the exercises\n\n```{toctree}\n:glob:\n\n[0-9]*\n```\n"
-
-
 def _parameters(root: Path) -> str:
-    lines = ["# Other parameters", "", "`make papermill` runs every notebook once more with these.", ""]
+    lines = ["# Other parameters", "", "`make papermill` runs every notebook with these, too.", ""]
     lines += ["| notebook | parameters |", "|---|---|"]
     for name in _names(root, "notebooks/parameters/*.json"):
         values = json.loads((root / name).read_text(encoding="utf-8"))

@@ -19,12 +19,11 @@ FOLDED = re.compile(r"<details><summary>Solution</summary>(.*?)</details>", re.D
 
 
 def solutions(name: str) -> dict:
-    """What the folded solutions of a notebook define, or those of its page of solutions."""
-    page = NOTEBOOKS / "solutions" / f"{name}.md"
+    """What the folded solutions of a notebook define."""
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     found: dict = {}
-    for block in BLOCK.findall(page.read_text("utf-8") if page.is_file() else "\n".join(FOLDED.findall(text))):
+    for block in BLOCK.findall("\n".join(FOLDED.findall(text))):
         exec(block, found)
     return found
 

@@ -133,7 +133,7 @@ def test_the_course_has_every_notebook_and_what_it_proves(tool):
     for path in NOTEBOOKS:
         assert f"<notebooks/{path.stem}>" in page, "it is in no table of contents"
         assert f"(notebooks/{path.name})" in page
-    assert page.count("What it proves") == len(NOTEBOOKS), "notebooks/CLAIMS.md lacks one: `make claims`"
+    assert page.count("What it proves") == len(NOTEBOOKS), "notebooks/CLAIMS.md lacks one"
 
 
 def test_pages_that_are_written_by_hand_are_in_a_table_of_contents():

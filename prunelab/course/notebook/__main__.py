@@ -48,13 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     varying.add_argument(
         "--seeds", nargs="*", type=int, default=[2, 3], help="and with these seeds, else as they are (default: 2 3)"
     )
-    claiming = commands.add_parser("claims", help="print what notebooks say that they prove")
-    claiming.add_argument("notebook", nargs="+")
     for command in (running, saving, varying):
         command.add_argument("--timeout", type=int, default=600, help="seconds for any one cell (default: 600)")
     args = parser.parse_args(arguments)
     try:
-        {"run": _run_and_tell, "save": _save_and_tell, "vary": _vary_and_tell, "claims": _claims}[args.command](args)
+        {"run": _run_and_tell, "save": _save_and_tell, "vary": _vary_and_tell}[args.command](args)
     except PruneLabError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -88,17 +86,6 @@ def _vary_and_tell(args: argparse.Namespace) -> None:
             run(notebook, args.out, given, timeout=args.timeout)
             words = ", ".join(f"{name}={value!r}" for name, value in given.items())
             print(f"{notebook.stem} with {words}: {time.perf_counter() - start:.0f} s")
-
-
-def _claims(args: argparse.Namespace) -> None:
-    import nbformat
-
-    print("# What the notebooks prove\n")
-    print("Each claim is checked by an assert in its notebook, which `make test` executes.")
-    for notebook in sorted(map(Path, args.notebook)):
-        for cell in nbformat.read(notebook, as_version=4).cells:
-            if cell.id == "claims":
-                print(f"\n## [{notebook.stem}]({notebook.name})\n\n{cell.source.split(chr(10), 1)[1].strip()}")
 
 
 if __name__ == "__main__":

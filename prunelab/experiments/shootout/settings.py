@@ -68,6 +68,7 @@ KINDS: dict[str, Expected] = {
     "latency_images": Between(0, 10_000),
     "seed": Between(0, 10**6),
     "device": str,
+    "scale": ["small", "full"],
     "precision": list(PRECISIONS),
     "sweep": str,
     "result_path": str,
