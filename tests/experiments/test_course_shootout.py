@@ -91,7 +91,7 @@ def test_a_schedule_is_a_name_or_shares_in_text():
 
 
 def test_a_run_reports_its_last_stage_and_everything_that_it_took():
-    run = done(evaluate_every=1, seed=3, latency_images=2)
+    run = done(evaluate_every=1, seed=3, latency_images=2, share=0.5)
     row = run.row()
     assert [entry["stage"] for entry in run.history] == ["before", "cut", "epoch", "fine-tuned"]
     assert row["accuracy"] == run.history[-1]["accuracy"] == run.history[-2]["accuracy"], "the epoch is the last"
@@ -106,7 +106,7 @@ def test_a_run_reports_its_last_stage_and_everything_that_it_took():
         assert row[f"seconds_{part}"] >= 0 and row[f"memory_{part}_gb"] > 0.05
     assert (row["test_images_used"], row["scoring_images_used"], row["training_images_used"]) == (60, 48, 64)
     assert json.dumps(row), "plain data"
-    again = done(evaluate_every=1, seed=3).row()
+    again = done(evaluate_every=1, seed=3, share=0.5).row()
     assert (again["accuracy"], again["loss"]) == (row["accuracy"], row["loss"]), "the same seed, the same run"
 
 

@@ -37,7 +37,7 @@ def grid(request) -> Grid:
 
 def test_there_is_a_grid_for_every_experiment():
     assert set(GRIDS) == {
-        *("eigendamage-cifar", "eigendamage-iterative", "eigendamage-tiny"),
+        *("eigendamage-cifar", "eigendamage-iterative", "eigendamage-small", "eigendamage-tiny"),
         *("oba-oneshot", "oba-iterative", "oba-imagenet", "oba-unstructured", "quick"),
     }
 
