@@ -66,7 +66,7 @@ def kfe_scores(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
 
 
 def _ranks(
-    importance: Tensor, K: int, price: float, sides: int = 2, core: int = 0, worst: bool = False
+    importance: Tensor, K: int, price: float, *, sides: bool = True, core: int = 0, worst: bool = False
 ) -> tuple[int, int]:
     rows, columns = (importance.sum(dim).argsort(descending=not worst) for dim in (1, 0))
     kept = importance[rows][:, columns].cumsum(0).cumsum(1)
@@ -96,7 +96,7 @@ def ranks_at(function: Callable[[Tensor, int, float], tuple[int, int]]) -> Verdi
 
     pair.__name__ = function.__name__
     mistakes: dict[str, Callable[..., Any]] = {
-        "it leaves out the rotations, in · r_in + out · r_out": (lambda *case: as_tensor(_ranks(*case, sides=0))),
+        "it leaves out the rotations, in · r_in + out · r_out": (lambda *case: as_tensor(_ranks(*case, sides=False))),
         "these are the ranks the other way round; the rows, r_out, come first": (
             lambda *case: as_tensor(_ranks(*case)[::-1])
         ),
