@@ -20,12 +20,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import prunelab as pl
+from prunelab.course.held_out import rank_correlation
 from prunelab.criteria.oracle import loss_changes
 from prunelab.training import Recipe, evaluate, fit
 
@@ -100,11 +100,6 @@ def criteria(names: list[str]) -> dict[str, pl.criteria.Criterion]:
     return found
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation; not a number where all values of one side are the same."""
-    return float(pd.Series(first.numpy()).rank().corr(pd.Series(second.numpy()).rank()))
-
-
 class Run:
     """The settings, and the rows measured so far."""
 
@@ -165,10 +160,10 @@ def correlations(run: Run, network: str, images: int, seed: int) -> None:
             continue
         took = time.perf_counter() - start
         found = {name: scores[name][chosen].double() for name, chosen in units.items()}
-        within = {name: spearman(found[name], truth[name]) for name in units if len(units[name]) >= 6}
+        within = {name: rank_correlation(found[name], truth[name]) for name in units if len(units[name]) >= 6}
         row = {
             "criterion": label,
-            "spearman": spearman(torch.cat(list(found.values())), torch.cat(list(truth.values()))),
+            "spearman": rank_correlation(torch.cat(list(found.values())), torch.cat(list(truth.values()))),
             "within groups": mean([value for value in within.values() if value == value] or [float("nan")]),
             "per group": within,
             "seconds": took,
@@ -190,7 +185,7 @@ def samples(run: Run, network: str, images: int, seed: int) -> None:
     for label, criterion in missing.items():
         scores = criterion(graph, batches)
         found = torch.cat([scores[name][chosen].double() for name, chosen in units.items()])
-        run.keep(key | {"criterion": label, "units": len(found), "spearman": spearman(found, truth)})
+        run.keep(key | {"criterion": label, "units": len(found), "spearman": rank_correlation(found, truth)})
 
 
 def unseen(run: Run, network: str, graph: pl.DependencyGraph) -> tuple[dict[str, list[int]], Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def draws(images: Kind, size: int, number: int, seed: int = 0) -> list[Kind]:
     if size * number > len(images):
         raise DataError(f"{number} draws of {size} images each were asked of {len(images)} images.")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return [images._with(part, images.augment) for part in order[: size * number].split(size)]
+    return [images.at(part) for part in order[: size * number].split(size)]
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -51,9 +52,7 @@ def ranks(values: Tensor) -> Tensor:
     >>> ranks(torch.tensor([30.0, 10.0, 30.0])).tolist()
     [1.5, 0.0, 1.5]
     """
-    _, place, count = torch.unique(values.detach().cpu(), return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double() - 1
-    return (last - (count.double() - 1) / 2)[place]
+    return torch.tensor(pd.Series(values.detach().cpu().numpy()).rank().to_numpy() - 1)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:

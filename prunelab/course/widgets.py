@@ -68,8 +68,7 @@ class Explorer(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Show the widget, and beside it a picture of how it is now, for pages that have no kernel."""
-        figure, _ = self._draw(**{name: control.value for name, control in self.controls.items()})
-        picture = base64.b64encode(png(figure)).decode("ascii")
+        picture = base64.b64encode(png(self._figure)).decode("ascii")
         return {**(super()._repr_mimebundle_(**kwargs) or {}), "image/png": picture}
 
     def redraw(self) -> None:
@@ -87,8 +86,8 @@ class Explorer(ipywidgets.VBox):
             raise
 
     def _answer(self) -> None:
-        figure, caption = self._draw(**{name: control.value for name, control in self.controls.items()})
-        self.image.value = png(figure, quick=True)
+        self._figure, caption = self._draw(**{name: control.value for name, control in self.controls.items()})
+        self.image.value = png(self._figure, quick=True)
         self.caption.value = caption
 
     def _moved(self, change: object = None) -> None:

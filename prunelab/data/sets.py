@@ -128,7 +128,11 @@ class Images(Dataset[Any]):
         if not 0 < size <= len(self):
             raise DataError(f"A subset of {size} images was asked of {len(self)}.")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:size]
-        return self._with(chosen, self.augment)
+        return self.at(chosen)
+
+    def at(self: Kind, positions: Tensor) -> Kind:
+        """Return the images at these positions, int64 ``[n]``, in their order."""
+        return self._with(positions, self.augment)
 
     def workers(self) -> int:
         """Return how many processes should prepare batches, where nobody says."""

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from prunelab.errors import OptionError
+
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that have no numbers in double precision."""
 
@@ -21,6 +23,25 @@ def accelerator() -> torch.device:
     """Return the accelerator of this machine, or the CPU where there is none."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if found is None else torch.device(found.type)
+
+
+def named_device(name: str) -> torch.device:
+    """Return the device of a name, or the accelerator (else the CPU) for ``"auto"``.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    if name == "auto":
+        return accelerator()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise OptionError(
+            f"`device` is {name!r}, which is not available here; 'auto' takes the best: {said}"
+        ) from error
+    return device
 
 
 def cores() -> int:

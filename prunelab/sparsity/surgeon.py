@@ -9,8 +9,7 @@ inverse of the rest of H is ``H⁻¹ − H⁻¹[:, S] ([H⁻¹]_SS)⁻¹ H⁻¹[
 
 Flows in: weights as one vector and a dense matrix.  Flows out: costs, updates, and the weights that are left.  Notebook
 05_obs derives it.  Source: Hassibi & Stork 1992, *Second Order Derivatives for Network Pruning: Optimal Brain Surgeon*,
-equation 5; Frantar, Singh & Alistarh 2022, *Optimal Brain Compression*, equation 3 and
-lemma 1 (the downdate).
+equation 5; Frantar, Singh & Alistarh 2022, *Optimal Brain Compression*, equation 3 and lemma 1 (the downdate).
 """
 
 from __future__ import annotations

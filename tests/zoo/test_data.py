@@ -56,6 +56,13 @@ def test_a_folder_of_sheets_is_read(folder, mini):
     assert torch.equal(pl.data.cifar10(folder).test.images, mini.test.images)
 
 
+def test_all_of_cifar10_may_be_a_folder_that_our_script_wrote(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNELAB_DATASETS", str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()
+    folder.rename(tmp_path / "store" / "cifar10")
+    assert len(pl.data.cifar10("full").test) == len(pl.data.get("cifar10").test) > 0
+
+
 def test_damage_is_an_error_that_names_the_file(folder):
     sheet = folder / "train-3.webp"
     whole = sheet.read_bytes()

@@ -24,10 +24,12 @@ class Verdict:
     Attributes:
         passed: whether the function does what was asked.
         message: why, in words.
+        empty: the function is not written yet.
     """
 
     passed: bool
     message: str
+    empty: bool = False
 
     def __bool__(self) -> bool:
         return self.passed
@@ -48,7 +50,8 @@ def answer_of(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Verdi
     except Exception as error:
         return None, Verdict(False, f"{call} raised {type(error).__name__}: {error}")
     if answer is None or answer is ...:
-        return None, Verdict(False, f"{call} {_EMPTY}: replace the dots by your own lines.")
+        words = f"{call} returns nothing so far: replace the dots by your own lines."
+        return None, Verdict(False, words, empty=True)
     return answer, None
 
 
@@ -82,14 +85,14 @@ def written(function: Function, exercise: Exercise[Function]) -> Function:
 
     >>> @solved_by(lambda x: 2 * x)
     ... def twice(function):
-    ...     return Verdict(False, "twice(3) returns nothing so far.")
+    ...     return Verdict(False, "twice(3) returns nothing so far.", empty=True)
     >>> double = written(lambda x: ..., twice)
     Not written yet: the solution runs instead.
     >>> double(4)
     8
     """
     verdict = exercise(function)
-    if _EMPTY in verdict.message:
+    if verdict.empty:
         print("Not written yet: the solution runs instead.")
         return exercise.solution
     print(verdict if verdict else f"{verdict}\nThe notebook goes on with the solution.")
@@ -133,9 +136,6 @@ def _told(value: object, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.3g} %"
     return f"{value:.3g} {unit}".rstrip()
-
-
-_EMPTY = "returns nothing so far"
 
 
 def compare(

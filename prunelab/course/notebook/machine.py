@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from prunelab.data import Images, loader
-from prunelab.errors import OptionError
 from prunelab.options import one_of
-from prunelab.runtime.devices import accelerator, cores
+from prunelab.runtime.devices import cores, named_device
 
 Scale = Literal["small", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -63,9 +62,4 @@ def machine(device: str = "auto", scale: Any = "small") -> Machine:
     >>> machine("cpu", "full").images(100, most=500)
     500
     """
-    try:
-        found = accelerator() if device == "auto" else torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"`device` is {device!r}, which is not available here; 'auto' takes the best.") from error
-    return Machine(found, one_of("scale", scale, SCALES))
+    return Machine(named_device(device), one_of("scale", scale, SCALES))

@@ -21,8 +21,8 @@ from prunelab.planning import pools
 from prunelab.planning.options import PERS
 from prunelab.planning.pools import Scope
 from prunelab.pruning.schedule import SCHEDULES, shares
+from prunelab.runtime.devices import named_device
 from prunelab.sparsity.sparsify import WEIGHT_SCOPES
-from prunelab.training import default_device
 from prunelab.training.loop import PRECISIONS, Precision
 from prunelab.training.recipes import DECAYS, OPTIMIZERS, Decay, Optimizer, Recipe
 
@@ -178,17 +178,9 @@ class Settings:
         """Return the device to run on.
 
         Raises:
-            PruneLabError: there is no such device here.
+            OptionError: there is no such device here.
         """
-        if self.device == "auto":
-            return default_device()
-        try:
-            device = torch.device(self.device)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).splitlines()[0]
-            raise PruneLabError(f"`device` is {self.device!r}, which is not available here: {said}") from error
-        return device
+        return named_device(self.device)
 
     def recipe(self) -> Recipe:
         """Return how the network is fine-tuned after each step; the epochs are divided among the steps."""
