@@ -6,7 +6,6 @@ page.  Flows in: the repository.  Flows out: files beside the pages that are wri
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -23,7 +22,7 @@ NO_PICTURE = "Here the notebook has a widget: run it (`make lab`) to move it."
 
 def gather(root: Path, docs: Path) -> None:
     """Bring the copies in ``docs`` up to date with ``root``; what is not in the repository any more goes."""
-    wanted = dict(_copies(root, docs))
+    wanted = dict(_copies(root))
     wanted |= dict(_linked(root, docs, wanted))
     for path, content in wanted.items():
         write(docs / path, content)
@@ -47,14 +46,13 @@ def write(path: Path, content: str | bytes) -> None:
         path.write_bytes(data)
 
 
-def _copies(root: Path, docs: Path) -> Iterator[tuple[str, str | bytes]]:
+def _copies(root: Path) -> Iterator[tuple[str, str | bytes]]:
     """Yield path in ``docs`` -> content."""
     pages = [*PAGES, *_names(root, "bench/*.md"), *_names(root, "notebooks/**/*.md")]
     for name in pages:
         yield name, page((root / name).read_text(encoding="utf-8"), name)
     for name in _names(root, "notebooks/*.ipynb"):
-        pictures = sorted((docs / "widgets").glob(f"{Path(name).stem}*.png"))
-        yield name, notebook((root / name).read_text(encoding="utf-8"), pictures)
+        yield name, notebook((root / name).read_text(encoding="utf-8"))
     yield "notebooks/parameters/index.md", _parameters(root)
 
 
@@ -89,26 +87,23 @@ def page(text: str, name: str) -> str:
     return text
 
 
-def notebook(text: str, pictures: list[Path]) -> str:
-    """Return a notebook with the widgets that were in it replaced by their pictures, in the order of their names."""
+def notebook(text: str) -> str:
+    """Return a notebook whose widgets are shown as the picture that was saved of each, or as a note."""
     book = json.loads(text)
-    left = list(pictures)
     for cell in book["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = page("".join(cell["source"]), "")
         for output in cell.get("outputs", []):
             if WIDGET in "".join(output.get("data", {}).get("text/plain", "")):
-                own = output["data"].get("image/png")
-                cell["outputs"] = _widget(base64.b64decode(own) if own else left.pop(0).read_bytes() if left else None)
+                cell["outputs"] = _widget(output["data"].get("image/png"))
                 break
     return json.dumps(book, ensure_ascii=False, indent=1)
 
 
-def _widget(picture: bytes | None) -> list[dict[str, Any]]:
+def _widget(picture: str | None) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     if picture is not None:
-        image = base64.b64encode(picture).decode("ascii")
-        shown.append({"data": {"image/png": image}, "metadata": {}, "output_type": "display_data"})
+        shown.append({"data": {"image/png": picture}, "metadata": {}, "output_type": "display_data"})
     note = re.sub(r"`(.*?)`", r"<code>\1</code>", MOVE_IT if picture else NO_PICTURE)
     html = f'<p class="widget-note">{note}</p>'
     return [*shown, {"data": {"text/html": html}, "metadata": {}, "output_type": "display_data"}]

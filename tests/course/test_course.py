@@ -104,6 +104,8 @@ def test_it_has_a_widget_a_figure_before_it_and_an_assert(name):
     cells = code(name)
     widget = next(number for number, cell in enumerate(cells) if any("interactive" in str(o) for o in cell.outputs))
     assert any("image/png" in output.get("data", {}) for cell in cells[:widget] for output in cell.outputs)
+    (shown,) = [o for o in cells[widget].outputs if "interactive" in str(o)]
+    assert "image/png" in shown.data, "run `python -m prunelab.course.notebook save` on it"
     assert any(re.search(r"^\s*(assert |torch.testing.assert_close)", cell.source, re.MULTILINE) for cell in cells)
 
 

@@ -166,16 +166,18 @@ def test_copies_follow_the_repository(tool, tmp_path):
             assert any(place.exists() for place in written), f"{path.relative_to(tmp_path)} links to {link}"
 
 
-def test_a_widget_is_shown_as_its_picture_or_as_a_note(tool, tmp_path):
+def test_a_widget_is_shown_as_its_picture_or_as_a_note(tool):
     gather = tool("gather")
-    output = {"data": {"text/plain": ["(interactive: run this cell in Jupyter to get the slider)\n"]}}
-    book = json.dumps({"cells": [{"cell_type": "code", "source": "", "outputs": [output]}]})
-    picture = tmp_path / "00_tour.png"
-    picture.write_bytes(b"a picture")
-    with_picture = json.loads(gather.notebook(book, [picture]))["cells"][0]["outputs"]
+
+    def shown(**data):
+        output = {"data": {"text/plain": ["(interactive: run this cell in Jupyter to move it)\n"]} | data}
+        book = {"cells": [{"cell_type": "code", "source": "", "outputs": [output]}]}
+        return json.loads(gather.notebook(json.dumps(book)))["cells"][0]["outputs"]
+
+    with_picture = shown(**{"image/png": "YSBwaWN0dXJl"})
     assert with_picture[0]["data"]["image/png"] == "YSBwaWN0dXJl"
     assert "to move it" in with_picture[1]["data"]["text/html"]
-    (without,) = json.loads(gather.notebook(book, []))["cells"][0]["outputs"]
+    (without,) = shown()
     assert "run it" in without["data"]["text/html"]
 
 
