@@ -1,6 +1,6 @@
 """Every widget of the course in a real browser: a reader runs the notebook, moves the controls, and sees an answer.
 
-Of most notebooks the copy that is opened ends with the widget; ``make notebooks`` runs what comes after.  Parameters
+The copy that is opened has the text and the cells that the widget needs; ``make notebooks`` runs all of them.  Parameters
 are smaller where the notebook has some that cost time and leave the widget as it is.
 """
 
@@ -21,6 +21,7 @@ from playwright.sync_api import Page
 import prunelab as pl
 from prunelab.experiments.sweeping.explore import EXAMPLE
 from tests.browser.lab import copy
+from tests.browser.needed import keep_needed
 from tests.browser.reader import Answer, Widget, label, moves, run_all
 
 RUN = 600
@@ -56,15 +57,6 @@ COURSE = [
     Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500}),
     Case("15_shootout", ("buttons", "buttons", "list"), {"epochs": 0.1, "test_images": 200, "scoring": 100}),
 ]
-WHOLE = "00_tour"
-"""The notebook that readers open first is run to its end."""
-
-
-def end_with_widget(path: Path) -> None:
-    book = nbformat.read(path, as_version=4)
-    last = next(place for place, cell in enumerate(book.cells) if cell.id == "widget")
-    book.cells = book.cells[: last + 1]
-    nbformat.write(book, path)
 
 
 @pytest.mark.parametrize("case", COURSE, ids=lambda case: case.notebook)
@@ -74,8 +66,9 @@ def test_a_reader_moves_every_control(
     if case.notebook == "15_shootout" and not (pl.data.root() / EXAMPLE).is_file():
         pytest.skip("no sweep comes with prunelab yet, and a single run leaves nothing to choose")
     path = copy(case.notebook, folder / "notebooks", case.parameters)
-    if case.notebook != WHOLE:
-        end_with_widget(path)
+    book = nbformat.read(path, as_version=4)
+    keep_needed(book, "widget")
+    nbformat.write(book, path)
     problems = run_all(page, address(path.name), seconds=RUN)
     assert not problems, "\n".join(problems)
     widget = Widget(page)

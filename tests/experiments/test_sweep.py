@@ -200,6 +200,19 @@ def test_rerunning_does_what_is_missing_or_has_changed(tiny, monkeypatch):
     assert after({"a": [2]}) == {"1-0": 0, "2-0": 1}, "a record that was torn"
 
 
+def test_cells_that_teach_are_left_out_and_may_change(tiny):
+    book = nbformat.read(tiny.notebook, as_version=4)
+    book.cells.insert(-1, nbformat.v4.new_code_cell("raise SystemExit('taught')", metadata={"tags": ["lesson"]}))
+    nbformat.write(book, tiny.notebook)
+    assert (tiny({"a": [1]})["status"] == "done").all() and executions(tiny.log) == {"1-0": 1}
+    book.cells[-2].source = "raise SystemExit('taught in other words')"
+    nbformat.write(book, tiny.notebook)
+    tiny({"a": [1]})
+    assert executions(tiny.log) == {"1-0": 1}
+    (kept,) = tiny.out.glob("jobs/*/notebook.ipynb")
+    assert "taught" not in kept.read_text()
+
+
 def test_a_file_that_a_parameter_names_is_part_of_the_job(tiny, tmp_path):
     notebook, file = tiny.notebook, tmp_path / "weights.bin"
     file.write_bytes(b"one")

@@ -26,6 +26,8 @@ NEUTRAL = (
     *("experiments/sweeping/", "experiments/figures/", "experiments/__main__.py"),
 )
 """Parts of the package on which no measured number depends."""
+LESSON = "lesson"
+"""Tag of the cells that teach, and on which no result depends: a sweep leaves them out."""
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 LARGEST = 2_000_000_000
 """Bytes up to which a file that a parameter names is read to tell whether it has changed."""
@@ -52,7 +54,7 @@ class Prepared:
 
     Attributes:
         jobs: in the order of the grid.
-        text: the notebook without outputs, as JSON.
+        text: the notebook without outputs and without the cells tagged ``lesson``, as JSON.
         known: names of all parameters of the notebook.
     """
 
@@ -89,6 +91,7 @@ def prepared(grid: Grid, version: str | None = None) -> Prepared:
     _check_names(grid, list(kinds))
     jobs = [{name: _converted(value, _kind(kinds[name])) for name, value in job.items()} for job in grid.jobs()]
     _check_values(grid, jobs, kinds)
+    book.cells = [cell for cell in book.cells if LESSON not in cell.metadata.get("tags", ())]
     for cell in book.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
         if cell.cell_type == "code":
