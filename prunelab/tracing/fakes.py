@@ -60,6 +60,10 @@ class FakeMode(FakeTensorMode):
         """Return the data that are remembered for one of this mode's tensors."""
         return self._data[id(fake)][1] if id(fake) in self._data else None
 
+    def forget(self) -> None:
+        """Let go of all data; the fakes that they belong to know this mode, so that a cycle would keep them."""
+        self._data.clear()
+
 
 def data_of(tensor: Tensor) -> Tensor | None:
     """Return a tensor with data, or what the mode of a fake one remembers of them; ``None`` if nothing is known."""
@@ -172,14 +176,11 @@ def _copy(model: nn.Module, modules: list[nn.Module], memo: dict[int, Any]) -> n
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in reversed(plain):  # what copies itself finds its own modules complete
-        state = {
-            name: value
-            if type(value) in _IMMUTABLE
-            else type(value)()
-            if name in _HOOKS and not value and id(value) not in memo
-            else _copied(value, memo)
-            for name, value in module.__getstate__().items()
-        }
+        state = dict(module.__getstate__())
+        for name, value in state.items():
+            if type(value) not in _IMMUTABLE:
+                empty = name in _HOOKS and not value and id(value) not in memo
+                state[name] = type(value)() if empty else _copied(value, memo)
         memo[id(module)].__setstate__(state)
     copy: nn.Module = _copied(model, memo)
     return copy

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from typing import Any, NamedTuple
@@ -146,8 +145,7 @@ class Call:
         self.recorder.flops.append((constant, tuple(dim.axis for dim in dims)))
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """One call of an operator: what was called, where, and the fake tensors that went in and came out.
 
     ``training`` marks those of the second run, in training mode, for what only exists there.
@@ -293,8 +291,10 @@ class Recorder(TorchDispatchMode):
         return self._dims.get(id(tensor))
 
     def forget(self) -> None:
-        """Let go of what only a run needs."""
+        """Let go of what only a run needs: the fake copy holds most of a trace's objects."""
+        self.shortcut.mode.forget()
         self._known = Known(self.shortcut.mode)
+        self.model, self.modules = nn.Module(), []
         self.marks, self.described, self.conditions, self.contracted = [], [], [], []
 
     def _watch_modules(self) -> None:
@@ -333,7 +333,8 @@ class Recorder(TorchDispatchMode):
             out = self._run(func, args, kwargs)
         else:
             args, out = answered
-        made, taken = tensors_in([out]), given if answered is None else None
+        made: list[Tensor] = [out] if type(out) is FakeTensor else tensors_in([out])
+        taken = given if answered is None else None
         self._known.note(func, args, kwargs, given, made)
         if self.held is not None:
             self.held.append((func, args, kwargs, out, made, strides, taken, self.module))

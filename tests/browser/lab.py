@@ -103,6 +103,9 @@ def copy(name: str, folder: Path, parameters: Mapping[str, Any]) -> Path:
             cell.outputs, cell.execution_count = [], None
     if parameters:
         place = next(n for n, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
+        assert not (strange := [key for key in parameters if f"\n{key}: " not in f"\n{book.cells[place].source}"]), (
+            strange
+        )
         lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
         book.cells.insert(place + 1, nbformat.v4.new_code_cell(lines, id="injected"))
     folder.mkdir(parents=True, exist_ok=True)

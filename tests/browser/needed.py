@@ -28,12 +28,21 @@ def keep_needed(book: NotebookNode, last: str) -> None:
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     lines = {cell.id: [line for line in ast.parse(cell.source).body if _imports(line)] for cell in code}
     imported = {as_.asname or as_.name for found in lines.values() for line in found for as_ in line.names}
-    needed: set[str] = set()
-    for cell in reversed(code):
-        given, changed, read = names(cell.source)
-        if cell.id in (last, *ALWAYS) or needed & (given | changed):
-            needed = (needed - given | read) - imported
-        else:
+    functions = {f.name for cell in code for f in ast.parse(cell.source).body if isinstance(f, ast.FunctionDef)}
+    kept: set[str] = set()
+    missing: set[str] = set()
+    while True:  # a function may call one that a later cell defines: what nobody above gives is looked for once more
+        before, needed = len(kept), missing
+        for cell in reversed(code):
+            given, changed, read = names(cell.source)
+            if cell.id in (last, *ALWAYS) or cell.id in kept or needed & (given | changed):
+                kept.add(cell.id)
+                needed = (needed - given | read) - imported
+        missing = needed & functions
+        if len(kept) == before:
+            break
+    for cell in code:
+        if cell.id not in kept:
             cell.source = "\n".join(map(ast.unparse, lines[cell.id]))
     book.cells = [cell for cell in book.cells if cell.source]
 
@@ -80,7 +89,7 @@ def _used(symbols: symtable.SymbolTable) -> Iterator[str]:
 
 
 def _altered(node: ast.AST) -> Iterator[str]:
-    """Yield the name whose object a node changes: ``name.append(…)`` alone on its line, ``name[…] = …``, ``name.x = …``."""
+    """Yield the name whose object a node changes: ``name.append(…)`` on a line of its own, or ``name[…] = …``."""
     changes = isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         node, changes = node.value.func, isinstance(node.value.func, ast.Attribute)

@@ -1,7 +1,7 @@
 """Every widget of the course in a real browser: a reader runs the notebook, moves the controls, and sees an answer.
 
-The copy that is opened has the text and the cells that the widget needs; ``make notebooks`` runs all of them.  Parameters
-are smaller where the notebook has some that cost time and leave the widget as it is.
+The copy that is opened has the text and the cells that the widget needs; ``make notebooks`` runs all of them.
+Parameters are smaller where the notebook has some that cost time and leave the widget as it is.
 """
 
 from __future__ import annotations
@@ -40,21 +40,23 @@ class Case:
 
 
 COURSE = [
-    Case("00_tour", ("slider", "buttons")),
+    Case("00_tour", ("slider", "buttons"), {"scoring_images": 250, "curve_images": 100}),
     Case("01_tracing", ("list", "slider")),
-    Case("02_magnitude", ("buttons", "list", "list"), {"images": 250, "draws": 3}),
-    Case("03_taylor", ("buttons", "list"), {"images": 150, "units": 4, "test_images": 250}),
-    Case("04_obd", ("slider", "slider"), {"layer_images": 500, "curvature_images": 50, "probes": 6}),
-    Case("05_obs", ("list",), {"layer_images": 500}),
+    Case("02_magnitude", ("buttons", "list", "list"), {"test_images": 100}),
+    Case("03_taylor", ("buttons", "list"), {"images": 50, "units": 2, "test_images": 100}),
+    Case(
+        "04_obd", ("slider", "slider"), {"layer_images": 200, "curvature_images": 50, "probes": 4, "test_images": 100}
+    ),
+    Case("05_obs", ("list",)),
     Case("06_obd_or_obs", ("slider", "buttons")),
     Case("07_kfac", ("buttons", "slider")),
-    Case("08_eigendamage", ("buttons", "slider"), {"samples": 160, "curve_images": 250, "repeats": 2}),
-    Case("09_oba", ("list", "buttons"), {"samples": 32, "units": 6, "epochs": 1}),
-    Case("10_oracle", ("buttons", "buttons"), {"units": 50}),
-    Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 200}),
-    Case("12_iterative", ("slider", "buttons"), {"test_images": 200}),
-    Case("13_transformers", ("grid",)),
-    Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 125, "finetune_images": 500}),
+    Case("08_eigendamage", ("buttons", "slider"), {"samples": 128, "curve_images": 100, "repeats": 2}),
+    Case("09_oba", ("list", "buttons"), {"samples": 16, "epochs": 1}),
+    Case("10_oracle", ("buttons", "buttons"), {"images": 16, "test_images": 100}),
+    Case("11_compensation", ("slider", "slider"), {"images": 64, "test_images": 100}),
+    Case("12_iterative", ("slider", "buttons"), {"scoring_images": 50, "finetune_images": 300, "test_images": 100}),
+    Case("13_transformers", ("grid",), {"images": 64, "test_images": 100}),
+    Case("14_unstructured", ("slider", "buttons"), {"scoring_images": 50, "test_images": 100}),
     Case("15_shootout", ("buttons", "buttons", "list"), {"epochs": 0.1, "test_images": 200, "scoring": 100}),
 ]
 
