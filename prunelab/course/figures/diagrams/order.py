@@ -53,7 +53,7 @@ def refits() -> Diagram:
         "Two panels, each with a whole network of three layers above and the cut network below. In both, every cut "
         "layer is fitted to the outputs y of the same layer of the whole network. Left, at once: the inputs u come "
         "from the whole network too. Right, in order: the inputs u are what the cut network delivers at that place, "
-        "everything before it being cut and refitted."
+        "with everything before it cut and refitted."
     )
     return sheet
 
