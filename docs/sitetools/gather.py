@@ -88,12 +88,17 @@ def page(text: str, name: str) -> str:
 
 
 def notebook(text: str) -> str:
-    """Return a notebook whose widgets are shown as the picture that was saved of each, or as a note."""
+    """Return a notebook whose widgets are shown as the picture that was saved of each, or as a note.
+
+    Alt text that was saved with an image goes where the site's renderer looks for it, in the cell's metadata.
+    """
     book = json.loads(text)
     for cell in book["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = page("".join(cell["source"]), "")
         for output in cell.get("outputs", []):
+            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
             if WIDGET in "".join(output.get("data", {}).get("text/plain", "")):
                 cell["outputs"] = _widget(output["data"].get("image/png"))
                 break

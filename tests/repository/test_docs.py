@@ -181,6 +181,14 @@ def test_a_widget_is_shown_as_its_picture_or_as_a_note(tool):
     assert "run it" in without["data"]["text/html"]
 
 
+def test_alt_text_saved_with_an_image_is_where_the_site_reads_it(tool):
+    output = {"data": {"image/png": "YSBwaWN0dXJl"}, "metadata": {"image/png": {"alt": "two bowls"}}}
+    book = {"cells": [{"cell_type": "code", "metadata": {}, "source": "", "outputs": [output]}]}
+    (cell,) = json.loads(tool("gather").notebook(json.dumps(book)))["cells"]
+    assert cell["metadata"] == {"mystnb": {"image": {"alt": "two bowls"}}}
+    assert cell["outputs"] == [output]
+
+
 def test_links_into_docs_are_links_within_the_site(tool):
     page = tool("gather").page
     assert page("[a](docs/matrix.md), ![b](../docs/widgets/x.png)", "x") == "[a](matrix.md), ![b](../widgets/x.png)"
