@@ -14,6 +14,7 @@ from prunelab.errors import PlanError, TraceError
 from prunelab.kept import Kept, masks, open_plan
 from prunelab.plans import PLANS, Plan
 from prunelab.runtime.isolation import copied
+from prunelab.runtime.switches import uncollected
 from prunelab.surgery.agreement import example_for
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.integers import compare_integers
@@ -36,16 +37,8 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says.
     """
     touched = {name for part in plan.cuts for name, _ in part.members}
-    rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
-    graph, kept = open_plan(rehearsal, plan)
-    cut_down(rehearsal, graph, kept, ())
-    try:
-        after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
-    except TraceError as error:
-        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
-    pairs = compare(graph, after, kept.size)
-    compare_integers(graph, after, kept, pairs)
-    fixes = scale_fixes(graph, kept.size, pairs)
+    with uncollected:  # a tenth of a cut: tens of thousands of objects are made, and needed to the end
+        graph, kept, fixes = _rehearsed(model, plan, touched)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
         target = free(fakes.forget(copied(model)), touched)
@@ -58,6 +51,20 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     warn_of_unused(model, graph, kept.size)
     return target
+
+
+def _rehearsed(model: nn.Module, plan: Plan, touched: set[str]) -> tuple[DependencyGraph, Kept, tuple[ScaleFix, ...]]:
+    """Cut a fake copy, and trace what is left: how the whole one was traced, what stays, what is to be scaled."""
+    rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
+    graph, kept = open_plan(rehearsal, plan)
+    cut_down(rehearsal, graph, kept, ())
+    try:
+        after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
+    except TraceError as error:
+        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
+    pairs = compare(graph, after, kept.size)
+    compare_integers(graph, after, kept, pairs)
+    return graph, kept, scale_fixes(graph, kept.size, pairs)
 
 
 def cut_down(

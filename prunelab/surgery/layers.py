@@ -154,7 +154,10 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
 
 def free(model: nn.Module, parameters: set[str]) -> nn.Module:
     """Swap, in place, the class of every layer that has a stand-in and one of the named parameters."""
+    encoders = []
     for name, module in model.named_modules():
+        if type(module) is nn.TransformerEncoder:
+            encoders.append(module)
         found = stand_in_for(type(module))
         if found is None:
             continue
@@ -162,7 +165,7 @@ def free(model: nn.Module, parameters: set[str]) -> nn.Module:
         touched = any(parameter.startswith(f"{name}." if name else "") for parameter in parameters)
         if touched and prepare(module):
             module.__class__ = stand_in
-    for module in model.modules():
-        if any(isinstance(part, FreeMultiheadAttention) for part in module.modules()):
-            pack_by_hand(module)
+    for encoder in encoders:
+        if any(isinstance(part, FreeMultiheadAttention) for part in encoder.modules()):
+            pack_by_hand(encoder)
     return model
