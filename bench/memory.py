@@ -38,7 +38,7 @@ def resident(pid: int, field: str) -> float:
 
 
 def measure(notebook: Path, timeout: int = 600) -> dict[str, Any]:
-    """Run a notebook, which stays as it is, and return what its kernel took, in megabytes.
+    """Run a copy of a notebook and return what its kernel took, in megabytes.
 
     Returns:
         ``"import"``, ``"peak"``, ``"cell"`` (the id of the cell that took it) and ``"cells"``, the peak by cell.
