@@ -1,8 +1,8 @@
-"""Hold every criterion against the oracle, and see what is left of a network after a cut, without fine-tuning.
+"""Compare every criterion with the oracle, and see what is left of a network after a cut, without fine-tuning.
 
     python bench/criteria.py [--networks resnet20 …] [--images 256] [--seeds 0 …] [--out bench/criteria]
 
-Writes OUT.json after every measurement, goes on from what is there already, and OUT.md at the end.  Two tables for
+Writes OUT.json after every measurement, continues from what is there already, and OUT.md at the end.  Two tables for
 every network: Spearman's rank correlation of each criterion with the measured loss of silencing single units (a random
 sample of them), over all units and within groups; accuracy and loss on test images after cuts to several shares of the
 FLOPs, with and without compensation, scored once or again before each of several steps.

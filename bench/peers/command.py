@@ -40,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
 def run(names: Sequence[str], setting: Setting, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Measure some tables, keep their rows as they come, and return everything, and which tables ended in an error.
 
-    A table that says `RESUMES` and was cut short goes on where it was; the others start again.
+    A table that says `RESUMES` and was cut short resumes; the others start again.
     """
     warnings.filterwarnings("ignore")
     kept = load(out)

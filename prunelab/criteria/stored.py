@@ -31,7 +31,7 @@ from prunelab.tracing.trace import DependencyGraph, trace
 
 FORMAT = 1
 KEY = "prunelab_scores"
-"""Where the header stands in safetensors' metadata."""
+"""Where the header is in safetensors' metadata."""
 
 
 class Stored(NamedTuple):

@@ -26,7 +26,7 @@ def check_inputs(inputs: Any) -> None:
         if leaf.keys() == {"value"}:
             if leaf["value"] is not None and type(leaf["value"]) not in (bool, int, float, str):
                 kind = type(leaf["value"]).__name__
-                raise DataError(f"a plan was made with a {kind} among the example inputs, which is no plain data")
+                raise DataError(f"a plan was made with a {kind} among the example inputs, which is not plain data")
             continue
         if leaf.keys() != {"shape", "dtype"} or not _is_shape(leaf["shape"]):
             raise DataError("a plan has example inputs of no shape that a tensor has")

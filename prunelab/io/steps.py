@@ -23,15 +23,15 @@ from prunelab.tracing import fakes
 Step = Plan | Factorized | Sparsified
 
 KINDS: dict[Any, Any] = {"factorize": Factorized, "sparsify": Sparsified}
-"""What else than a plan may have made a model, by the word that stands in the file."""
+"""What else than a plan may have made a model, by the word for it in the file."""
 
 
 def plain(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the steps that made a model, as plain data.
 
     Raises:
-        DataError: the example inputs of a plan are no plain data.
-        TypeError: something else is no plain data.
+        DataError: the example inputs of a plan are not plain data.
+        TypeError: something else is not plain data.
     """
     steps: list[Step] = [
         replace(step, inputs=fakes.shapes_only(step.inputs)) if isinstance(step, Plan) else step

@@ -123,13 +123,13 @@ def greedy(
 
     Args:
         weights: ``[n]``.
-        inverse: ``[n, n]``, as ``damped_inverse`` returns it; stays as it is.
+        inverse: ``[n, n]``, as ``damped_inverse`` returns it; not changed.
         count: how many weights go, or sets.
         sets: instead of single weights remove whole sets of them, each int64 ``[s]``.
         among: bool ``[n]``: only these weights may go; the others compensate all the same.
 
     Raises:
-        BudgetError: there are fewer weights or sets than are to go.
+        BudgetError: there are fewer weights or sets than should go.
 
     Cost: n² multiplications per weight; with sets s³ more for every set at every step.
     """

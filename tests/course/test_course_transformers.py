@@ -31,7 +31,7 @@ def test_mistakes_about_the_rows_of_a_head_are_explained(attempt, words):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda old, new: (old / new) ** 0.5, "turned round"),
+        (lambda old, new: (old / new) ** 0.5, "inverted"),
         (lambda old, new: new / old, "square root"),
         (lambda old, new: new**-0.5, "new scale itself"),
         (lambda old, new: (new / old) ** 0.25, "queries alone"),

@@ -80,7 +80,7 @@ def test_a_file_says_the_same_and_knows_numbers_without_a_dot(tmp_path):
     ("text", "words"),
     [
         ("", "holds no keys"),
-        ("notebook: [", "is no YAML"),
+        ("notebook: [", "is not YAML"),
         ("notebook: tiny.ipynb\ngrid: {a: [1]}\ngrid: {a: [2]}", "'grid' comes twice"),
         ("notebook: tiny.ipynb\ngird: {a: [1]}", "The key `gird` is unknown: did you mean `grid`?"),
         ("notebook: 3\ngrid: {a: [1]}", "`notebook` is 3, but should be the path"),
@@ -107,7 +107,7 @@ def test_a_file_says_the_same_and_knows_numbers_without_a_dot(tmp_path):
         ("notebook: tiny.ipynb\ncases: [{a: 1}, {A: 2}]", "`cases[1].A` is unknown"),
         ("notebook: tiny.ipynb\ngrid: {result_path: [x]}", "`grid.result_path` is set by the sweep itself"),
         ("notebook: tiny.ipynb\ngrid: {a: [1, x]}", "`a` is 'x', but the notebook expects a whole number"),
-        ("notebook: tiny.ipynb\ngrid: {b: [.nan]}", "`b` is nan, which is no plain value"),
+        ("notebook: tiny.ipynb\ngrid: {b: [.nan]}", "`b` is nan, which is not a plain value"),
         ("notebook: tiny.ipynb\ngrid: {log: [2020-01-01]}", "`log` is datetime.date(2020, 1, 1)"),
         (
             "notebook: tiny.ipynb\ngrid: {a: [1]}\npublished: [{match: {aa: 1}, y: 1, source: s}]",

@@ -125,7 +125,7 @@ def memory_of(pid: int) -> int:
 
 
 def kill(pid: int) -> None:
-    """Kill a process and those that descend from it; it is no error if they are gone."""
+    """Kill a process and those that descend from it; it is not an error if they are gone."""
     import psutil
 
     for process in family(pid):

@@ -67,7 +67,7 @@ def sweep(
         limits: ``minutes``, ``memory_gb``, ``retries``, ``gpus``, ``threads`` of each job, see ``Limits``.
         workers: processes on this machine, by default one per GPU or core; 0 runs one job after the other in this
             process, without Dask.
-        by_version: let results stand that other sources of the same version of prunelab have made.
+        by_version: accept results that other sources of the same version of prunelab have made.
         command: what to note as the command that made the results; by default that of this process.
         progress: show a progress bar, and say where the dashboard is.
 
@@ -196,7 +196,7 @@ def _run(
         left = len(_missing(ready.jobs, folders, by_version)[0])
         said = str(stop) or "Stopped."
         kept = (
-            f"{len(ready.jobs) - left} of {len(ready.jobs)} jobs are done and kept in {folder}: call it again to go on."
+            f"{len(ready.jobs) - left} of {len(ready.jobs)} jobs are done and kept in {folder}: call again to resume."
         )
         raise PruneLabError(f"{said} {kept}") from stop
     finally:

@@ -42,7 +42,7 @@ def ridge(
     """
     damping = 0.01 + len(moment) / (2 * count) if damping is None else damping
     own = moment.diagonal()
-    own = own.masked_fill(own == 0, 1)  # nothing is known of such an input, and its weights stay as they are
+    own = own.masked_fill(own == 0, 1)  # nothing is known of such an input, so its weights stay
     level = own.clone()
     inputs = level[: len(level) - constant]
     inputs.clamp_(min=inputs.quantile(0.75))
@@ -80,7 +80,7 @@ def refit_consumers(
     damping: float | None,
     tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return new weights and biases of all layers that lose columns, and those left as they are, with the reason.
+    """Return new weights and biases of all layers that lose columns, and those left unchanged, with the reason.
 
     Raises:
         BatchError: the moments are of another model.
