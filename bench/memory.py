@@ -2,7 +2,7 @@
 
     python -m bench.memory [NOTEBOOK …] [--out docs/memory.md]
 
-Every notebook runs in a kernel of its own, as Jupyter would run it.  What is taken down is the largest resident set of
+Every notebook runs in a separate kernel, as Jupyter would run it.  What is taken down is the largest resident set of
 the kernel, as Linux counts it (VmHWM), cell by cell: the counter is reset before each.  The import is what the kernel
 holds after the cell ``setup``, most of it PyTorch.  Rows of other builds of PyTorch are kept, so that one page shows
 them side by side.

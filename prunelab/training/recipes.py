@@ -37,8 +37,8 @@ class Recipe:
         milestones: shares of the training after which the learning rate is divided by ten.
 
     Raises:
-        BudgetError: there is no such optimizer or decay, the epochs are not above 0, or the milestones are no rising
-            shares.
+        BudgetError: there is no such optimizer or decay, the epochs are not above 0, or the milestones are not
+            rising shares.
     """
 
     epochs: float
