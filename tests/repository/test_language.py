@@ -17,35 +17,27 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (
-    "*.md",
-    "bench/*.md",
-    "data/*.md",
-    "docs/*.md",
-    "docs/api/*.md",
-    "notebooks/*.md",
-    "sweeps/*.md",
-    "sweeps/*.yaml",
-)
-CODE = ("bench/**/*.py", "binder/*.py", "data/*.py", "docs/**/*.py", "examples/*.py", "prunelab/**/*.py", "sweeps/*.py")
+READ = ("*.md", "bench/*.md", "data/*.md", "docs/*.md", "docs/api/*.md", "notebooks/*.md", "notebooks/*.ipynb")
+READ += ("sweeps/*.md", "sweeps/*.yaml", "bench/**/*.py", "binder/*.py", "data/*.py", "docs/**/*.py", "examples/*.py")
+READ += ("prunelab/**/*.py", "sweeps/*.py")
 
+NO = r"(?<!there\s)\b(is|are|was|were) no (?!(longer|more|less|better|worse|smaller|larger|one|need|such|other|way)\b)\w+"
+OF_WHAT = r"\bwhat (is|was|are|were) [^.,;:()|`]{0,60}\bof what (is|was|are|were)\b|\bwhat is left of what\b"
 INSTEAD = {
     r"\banew\b": "again, re-estimated, fresh",
     r"\b(stands?|standing|stood)\b(?! (for|in for|out)\b)(?!-in)": "is, is below, is next to, is compared with",
     r"\bdear(er|est)?\b": "expensive, costs more",
     r"\berrs\b": "is wrong; its mistakes",
-    r"(?<!there\s)\b(is|are|was|were) no (?!(longer|more|less|better|worse|smaller|larger|one|need|such|other|way)\b)\w+": (
-        "is not a …; of an argument: must be a positive integer"
-    ),
+    NO: "is not a …; of an argument: must be a positive integer",
     r"\b(is|are) none of\b": "is not one of",
     r"\bshall\b": "should, will; heads to remove",
     r"\b(is|are) to (go|stay|stand)\b": "goes, should stay, must be removed",
     r"\bwithout (a )?rest\b": "exactly, with nothing left over",
     r"\bdivided up\b": "shared out",
     r"\btakes? [^.,;:()]{1,30} along\b": "takes … with it",
-    r"\bon both ways\b|\bthe ways? of (the |one |a )?(network|unit|run|criterion)s?\b": "path, strategy, method, schedule",
+    r"\bon both ways\b|\bthe ways? of (the |one |a )?(network|unit|run|criterion)s?\b": "path, strategy, schedule",
     r"\b(to|can|cannot|could) be had\b": "is available, is possible; download …",
-    r"\bwhat is left of what\b|\bwhat (is|was|are|were) [^.,;:()|`]{0,60}\bof what (is|was|are|were)\b": "name the thing",
+    OF_WHAT: "name the thing",
     r"\b(comes?|came) about\b": "arises, was measured",
     r"\bwhat (came|comes|has come) of (it|each|that|a)\b": "the result, the report",
     r"\bthousand million\b": "billion",
@@ -116,7 +108,7 @@ def complaints(text: Text) -> list[str]:
 
 
 def paths() -> list[Path]:
-    return sorted({path for pattern in (*PAGES, *CODE, "notebooks/*.ipynb") for path in ROOT.glob(pattern)})
+    return sorted({path for pattern in READ for path in ROOT.glob(pattern)})
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.relative_to(ROOT).as_posix())
