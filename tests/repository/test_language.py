@@ -21,7 +21,7 @@ READ = ("*.md", "bench/*.md", "data/*.md", "docs/*.md", "docs/api/*.md", "notebo
 READ += ("sweeps/*.md", "sweeps/*.yaml", "bench/**/*.py", "binder/*.py", "data/*.py", "docs/**/*.py", "examples/*.py")
 READ += ("prunelab/**/*.py", "sweeps/*.py")
 
-NO = r"(?<!there\s)\b(is|are|was|were) no (?!(long|larg|small)er\b|(more|less|better|worse|one|need|such|other|way)\b)\w+"
+NO = r"(?<!there\s)\b(is|are|was|were) no (?!(long|larg|small)er\b|(more|less|better|one|need|such|other|way)\b)\w+"
 OF_WHAT = r"\bwhat (is|was|are|were) [^.,;:()|`]{0,60}\bof what (is|was|are|were)\b|\bwhat is left of what\b"
 INSTEAD = {
     r"\banew\b": "again, re-estimated, fresh",

@@ -30,7 +30,7 @@ def ridge(
     """Return ``Δ = residual (moment + Λ)⁻¹``; ``None`` if that matrix is singular.
 
     Λ is diagonal, damping times the second moment of each input, but no less than that of the upper quartile: an input
-    that is hardly ever other than zero would get a large weight by chance.  By default the damping is 0.01 + k / 2N for
+    that is almost always zero would get a large weight by chance.  By default the damping is 0.01 + k / 2N for
     k unknowns and a moment over N columns: the fewer columns there are, the more of what they show is chance.
 
     Args:
