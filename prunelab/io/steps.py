@@ -54,7 +54,7 @@ def opened(data: dict[str, Any]) -> Step:
     try:
         step: Step = kind.from_json(json.dumps(data))
     except (PruneLabError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"one of its steps is none: {error}") from error
+        raise DataError(f"one of its steps is invalid: {error}") from error
     if isinstance(step, Plan):
         check_inputs(step.inputs)
     return step

@@ -139,7 +139,7 @@ def greedy(
     allowed = kept.clone() if among is None else among.to(left.device)
     available = int(allowed.sum()) if sets is None else len(sets)
     if not 0 <= count <= available:
-        raise BudgetError(f"{count} were to go, of {available} that may.")
+        raise BudgetError(f"{count} should go, but only {available} may.")
     order: list[int] = []
     costs: list[Tensor] = []
     for _ in range(count):

@@ -314,9 +314,9 @@ def test_what_is_no_grid_or_folder_is_named(tiny):
         pl.sweep(tiny.notebook, 3)
     with pytest.raises(GridError, match=r"out='tcp://[^']*' looks like the address of a scheduler: give scheduler="):
         pl.sweep(tiny.notebook, {"a": [1]}, "tcp://10.0.0.1:8786")
-    with pytest.raises(GridError, match=r"`workers` must be an integer from 0 on, got -1"):
+    with pytest.raises(GridError, match=r"`workers` must be an integer of at least 0, got -1"):
         pl.sweep(tiny.notebook, {"a": [1]}, workers=-1)
-    with pytest.raises(GridError, match="`limits.threads` is 0, but should be a whole number from 1 on"):
+    with pytest.raises(GridError, match="`limits.threads` is 0, but should be an integer of at least 1"):
         Limits(threads=0)
 
 

@@ -6,6 +6,7 @@ what was translated word by word; style and grammar are left to people.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -73,12 +74,21 @@ class Text(NamedTuple):
 
 
 def of_code(place: str, source: str) -> Iterator[Text]:
-    """Yield comments and strings of Python code."""
+    """Yield comments and strings of Python code; a string in several parts is one text."""
     source = re.sub(r"^ *[%!].*$", "", source, flags=re.MULTILINE)  # a notebook's commands to its shell
-    middle = getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)  # since Python 3.12 an f-string is several tokens
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING, middle):
+        if token.type == tokenize.COMMENT:
             yield Text(place, token.start[0], token.string)
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield Text(place, node.lineno, node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            yield Text(place, node.lineno, "".join(map(str, parts)))
+        else:
+            waiting += ast.iter_child_nodes(node)
 
 
 def texts(path: Path) -> Iterator[Text]:

@@ -26,7 +26,7 @@ def _flip(loose: float) -> float:
 def factorial_variances(function: Callable[[Tensor, str], Tensor]) -> Verdict:
     """Check ``function(hessian, direction)``: variances ``[n]`` of the factorial Gaussian closest to N(w, H⁻¹).
 
-    ``direction`` is ``"reverse"``, KL(q‖p), or ``"forward"``, KL(p‖q).
+    ``direction`` is ``"reverse"``, KL(p̃‖p), or ``"forward"``, KL(p‖p̃).
     """
 
     def narrow(h: Tensor) -> Tensor:

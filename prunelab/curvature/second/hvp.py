@@ -238,6 +238,6 @@ def _directions(model: nn.Module, vectors: Vectors) -> tuple[list[Tensor], bool]
         out.append((vector if batched else vector[None]).detach().to(parameter))
     if len(numbers) != 1 or numbers == {0}:
         raise PruneLabError(
-            f"Directions must be there, and equally many for each parameter; found {sorted(map(str, numbers))}."
+            f"Every parameter needs the same number of directions, at least one; found {sorted(map(str, numbers))}."
         )
     return out, None not in numbers

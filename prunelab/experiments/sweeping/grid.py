@@ -58,7 +58,7 @@ class Limits:
                 if not number or not value > low:
                     raise GridError(f"`limits.{name}` is {value!r}, but should be a number above {low}.")
             elif type(value) is not int or value < low:
-                raise GridError(f"`limits.{name}` is {value!r}, but should be a whole number from {low} on.")
+                raise GridError(f"`limits.{name}` is {value!r}, but should be an integer of at least {low}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the limits as plain data."""

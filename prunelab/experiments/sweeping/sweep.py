@@ -95,7 +95,7 @@ def sweep(
     if ADDRESS.match(str(out or "")):
         raise GridError(f"out={str(out)!r} looks like the address of a scheduler: give scheduler={str(out)!r}.")
     if workers is not None and (type(workers) is not int or workers < 0):
-        raise GridError(f"`workers` must be an integer from 0 on, got {workers!r}.")
+        raise GridError(f"`workers` must be an integer of at least 0, got {workers!r}.")
     import prunelab
 
     ready = prepared(made, prunelab.__version__ if by_version else None)
