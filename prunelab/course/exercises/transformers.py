@@ -43,7 +43,7 @@ def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
         _rows,
         mistakes,
         praise="three runs of d rows, one in the queries, one in the keys, one in the values.",
-        hint="Row r is part r // (heads·d), head r // d % heads, place r % d.",
+        hint="Row i is part i // (heads·d), head i // d % heads, place i % d.",
     )
 
 
