@@ -3,7 +3,7 @@
     python -m bench.budgets [--networks resnet20 …] [--criteria taylor …] [--shares 0.75 0.5 0.25] [--images 128]
                             [--torchvision [resnet18 …]] [--out bench/budgets]
 
-A plan says what it keeps; here the model is cut by it, and its FLOPs, parameters and bytes are counted anew.  Networks
+A plan says what it keeps; here the model is cut by it, and its FLOPs, parameters and bytes are counted again.  Networks
 of the zoo are trained, and scored on training images; with `--torchvision`, classifiers of torchvision are cut as well,
 with random scores and without memory.  OUT.json keeps every row as soon as it is there, and a row that is there is not
 made again; OUT.md is the table.
@@ -62,10 +62,10 @@ def scores_for(network: str, criterion: str, images: int) -> tuple[pl.Scores, Te
 
 
 def measure(scores: pl.Scores, inputs: Tensor, asked: Row) -> Row:
-    """Plan, cut, count, and return what came of it."""
+    """Plan, cut, count, and return the result."""
     model, row = scores.graph.model, {"got": None, "why": ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say stands in the row
+        warnings.simplefilter("ignore")  # their message is kept in the row
         try:
             plan = pl.plan(scores, **{asked["kind"]: asked["share"]}, scope=asked["scope"], round_to=asked["round_to"])
         except pl.BudgetError as error:
@@ -115,8 +115,8 @@ def section(rows: list[Row], title: str, how: str) -> Iterator[str]:
     yield f"## {title}"
     yield ""
     yield (
-        f"{len(rows)} plans, {how}; by {', '.join(f'`{name}`' for name in criteria)}. Each was applied, and what is "
-        f"left counted on the network that came of it. With single units {sum(map(met, smooth))} of {len(smooth)} "
+        f"{len(rows)} plans, {how}; by {', '.join(f'`{name}`' for name in criteria)}. Each was applied, and "
+        f"what is left was counted on the cut network. With single units {sum(map(met, smooth))} of {len(smooth)} "
         "plans are at most their budget and within 1 % of it, "
         f"in blocks of {BLOCKS} {sum(map(met, rows)) - sum(map(met, smooth))} of {len(rows) - len(smooth)}."
     )

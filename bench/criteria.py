@@ -1,11 +1,11 @@
-"""Hold every criterion against the oracle, and see what is left of a network after a cut, without fine-tuning.
+"""Compare every criterion with the oracle, and see what is left of a network after a cut, without fine-tuning.
 
     python bench/criteria.py [--networks resnet20 …] [--images 256] [--seeds 0 …] [--out bench/criteria]
 
-Writes OUT.json after every measurement, goes on from what is there already, and OUT.md at the end.  Two tables for
+Writes OUT.json after every measurement, continues from what is there already, and OUT.md at the end.  Two tables for
 every network: Spearman's rank correlation of each criterion with the measured loss of silencing single units (a random
 sample of them), over all units and within groups; accuracy and loss on test images after cuts to several shares of the
-FLOPs, with and without compensation, scored once or anew before each of several steps.
+FLOPs, with and without compensation, scored once or again before each of several steps.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SHOWN = {
 """Label -> name of the lines that the README shows."""
 
 STEPPED = ("magnitude, L1, raw", "taylor, raw", "kron_obd", "gate", *(label for label in GREEDY if "T=4" in label))
-"""What is also scored anew before each of several steps, which takes a while."""
+"""What is also scored again before each of several steps, which takes a while."""
 
 WAYS: list[tuple[str, str | None]] = [("unit", None), ("flops", None), ("flops", "consumers")]
 """What units are ranked per, and what is refitted."""
@@ -294,7 +294,7 @@ def layers(rows: list[dict[str, Any]]) -> Iterator[str]:
 def accuracies(network: str, steps: int, rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the table of accuracies and losses after cuts."""
     shares = sorted(unique(rows, "flops"), reverse=True)
-    how = "at once" if steps == 1 else f"in {steps} steps, scored anew"
+    how = "at once" if steps == 1 else f"in {steps} steps, scored again before each"
     usual = max(unique(rows, "images"), key=[row["images"] for row in rows].count)
     rows = [
         row if row["images"] == usual else row | {"criterion": f"{row['criterion']}, {row['images']} images"}

@@ -7,7 +7,7 @@ of the floor, the forward and backward pass of the same batches; seconds are tho
 Memory is by how much the largest resident set of a process of its own grows, over that of the floor (on Linux).
 
 Two networks of real width, `vit_s_16` and `resnet50`, have random weights and take eight images, enlarged to 224×224.
-What is named is measured anew, each ratio in one run with its floor; the rest of OUT.json stays.
+What is named is measured again, each ratio in one run with its floor; the rest of OUT.json stays.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def grow(network: str, what: str, images: int, batch: int) -> None:
     """Print the growth of this process in megabytes."""
     model, batches = problem(network, images, batch)
     WHAT[what](model, [(batches[0][0][:2], batches[0][1][:2])])
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: loading the images had raised it
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark: loading the images had raised it
     before = high_water()
     WHAT[what](model, batches)
     print(max(high_water() - before, 1024) / 1024)
@@ -159,9 +159,9 @@ ones, on 256 images in batches of 128; `vit_s_16` has random weights and takes e
 
 {table(rows)}
 `Hv` and `θ⊙Hθ` go once forward, with every activation's derivative along the direction beside it, and once back. A
-linear layer so takes eight products for any direction, and six for θ itself, where the floor takes three. What a
-Transformer adds to that is attention: the floor's is fused, the derivative's is not and computes the softmax again on
-the way back. With several directions at once one double backward pass is shared, which is not in this table.
+linear layer then takes eight products for any direction, and six for θ itself; the floor takes three. A
+Transformer adds attention to that: the floor's is fused, the derivative's is not and computes the softmax again in the
+backward pass. With several directions at once one double backward pass is shared, which is not in this table.
 The smaller the images of a wide network, the more its weights count beside its activations, and the larger both ratios.
 """
 

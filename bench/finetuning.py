@@ -5,7 +5,7 @@
 
 With `--data full`, or a folder as `pl.data.cifar10` takes it, all of CIFAR-10 is used; else the part that comes with
 prunelab.  Both ways see the same training images equally often: at once, all of them after the cut; in steps, a
-share of them after each cut, with scores taken anew before each.  OUT.json keeps every run as it ends, and a run that
+share of them after each cut, with new scores before each.  OUT.json keeps every run as it ends, and a run that
 is there is not done again; OUT.md is the table.
 """
 
@@ -34,13 +34,13 @@ NETWORK = "resnet20"
 INPUTS = torch.ones(1, 3, 32, 32)
 PER: dict[str, Literal["unit", "flops"]] = {"magnitude": "unit"}
 """How scores are compared.  Those that estimate a loss are divided by the FLOPs that a unit saves; magnitude, a number
-without such a meaning, is ranked as it is, as published.  bench/criteria.md has both ways for all."""
+without such a meaning, is ranked as published.  bench/criteria.md has both ways for all."""
 SETTINGS = ("network", "training images", "test images", "scoring", "images", "epochs", "lr", "steps")
 Row = dict[str, Any]
 
 
 def smaller(model: nn.Module, criterion: str, batches: list[tuple[Tensor, Tensor]], left: float) -> nn.Module:
-    """Return ``model`` with the share ``left`` of its FLOPs, and with batch-norm statistics measured anew."""
+    """Return ``model`` with the share ``left`` of its FLOPs, and with new batch-norm statistics."""
     scores = pl.criteria.get(criterion)(pl.trace(model, INPUTS.to(batches[0][0].device)), batches)
     if isinstance(scores, pl.criteria.EigenScores):
         small = pl.factorize(model, scores, flops=left)
@@ -117,12 +117,12 @@ def section(kept: dict[str, Any], settings: Row) -> Iterator[str]:
     drawn = ", ".join(map(str, seeds))
     yield (
         f"The repository's checkpoint, {kept['whole'][str(test)]:.2%} of {test:,} test images before any cut. Scores "
-        f"are taken on {scoring:,} training images, drawn from {train:,}. Both ways train on the same {images:,}, "
+        f"are taken on {scoring:,} training images, drawn from {train:,}. Both schedules train on the same {images:,}, "
         f"{passes}, in batches of 64, learning rate {lr:g} with a warm-up and a cosine: at once, all of them after one "
         f"cut; in steps, {round(images / steps):,} after each of {steps} cuts by the same factor, with scores taken "
-        f"anew before each. Batch-norm statistics are measured anew after each cut. Seeds: {drawn}. "
-        "`eigendamage` is `pl.factorize`, the others cut channels; `magnitude` ranks units as they are, the others by "
-        f"score per FLOP saved. No compensation, no distillation. PyTorch {kept['torch']}, {len(rows)} runs, "
+        f"again before each. Batch-norm statistics are re-estimated after each cut. Seeds: {drawn}. "
+        "`eigendamage` is `pl.factorize`, the others cut channels; `magnitude` ranks units by their raw scores, the "
+        f"others by score per FLOP saved. No compensation, no distillation. PyTorch {kept['torch']}, {len(rows)} runs, "
         f"{sum(row['cpu seconds'] for row in rows) / 60:.0f} minutes of CPU time. From the number of test images, one "
         f"standard error of an accuracy is at most {50 / test**0.5:.1f} points; other training images would add to it. "
         "The learning rate was not tuned; it matters to fine-tunes as short as those between steps (12_iterative)."

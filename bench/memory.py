@@ -2,7 +2,7 @@
 
     python -m bench.memory [NOTEBOOK …] [--out docs/memory.md]
 
-Every notebook runs in a kernel of its own, as Jupyter would run it.  What is taken down is the largest resident set of
+Every notebook runs in a separate kernel, as Jupyter would run it.  What is taken down is the largest resident set of
 the kernel, as Linux counts it (VmHWM), cell by cell: the counter is reset before each.  The import is what the kernel
 holds after the cell ``setup``, most of it PyTorch.  Rows of other builds of PyTorch are kept, so that one page shows
 them side by side.
@@ -38,7 +38,7 @@ def resident(pid: int, field: str) -> float:
 
 
 def measure(notebook: Path, timeout: int = 600) -> dict[str, Any]:
-    """Run a notebook, which stays as it is, and return what its kernel took, in megabytes.
+    """Run a copy of a notebook and return what its kernel took, in megabytes.
 
     Returns:
         ``"import"``, ``"peak"``, ``"cell"`` (the id of the cell that took it) and ``"cells"``, the peak by cell.

@@ -1,4 +1,4 @@
-"""Measurements kept on disk as they are made, so that a bench that is stopped goes on where it was."""
+"""Measurements kept on disk as they are made, so that a bench that is stopped can resume."""
 
 from __future__ import annotations
 

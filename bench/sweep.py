@@ -3,7 +3,7 @@
     python -m bench.sweep [--workers 1 2] [--out bench/sweep]
 
 Runs the same eight jobs of notebook 15_shootout on the embedded images with each number of workers, every job on one
-thread, in folders of their own that are removed afterwards; OUT.json has the times, OUT.md the table, OUT.png when
+thread, in separate folders that are removed afterwards; OUT.json has the times, OUT.md the table, OUT.png when
 which job ran.  Takes about three minutes on two quiet cores; on a busy machine it says little.
 """
 

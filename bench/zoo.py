@@ -80,7 +80,7 @@ def error(found: object, wanted: object) -> float:
 
 
 def permuted(model: nn.Module, graph: pl.DependencyGraph) -> nn.Module:
-    """Return a copy in which the units of every group stand in another order, in every member."""
+    """Return a copy in which every group has its units in another order, in every member."""
     model = forget(copy.deepcopy(model))
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for group in graph.groups:
@@ -136,7 +136,7 @@ def measure(name: str) -> dict[str, object]:
         overrides = {group.name: min(0.5, 1 - 1 / group.size) for group in graph.groups}
         plan = pl.plan(pl.criteria.Random()(graph), ratio=0.5, overrides=overrides)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the graph back end was needed stands in the table
+            warnings.simplefilter("ignore")  # the table says that the graph back end was needed
             cut = pl.apply(model, plan, check=False)  # which is what is measured here
         row["back end"] = "graph" if isinstance(cut, torch.fx.GraphModule) else "module"
         silent = pl.masked(model, plan)

@@ -2,7 +2,7 @@
 
 The place to look it up is ``[project.urls]`` in pyproject.toml.  From it follow the badges in README.md, which open the
 tour on Binder and on Colab, those above the setup cell of every notebook, and ``REPOSITORY`` in that cell.  Without an
-address there are none of these; a test compares them.  Saved outputs stay.
+address these are absent; a test compares them.  Saved outputs stay.
 """
 
 from __future__ import annotations

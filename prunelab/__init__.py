@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Return ``pl.sweep``, which is no part of the library: it stands in ``prunelab.experiments``."""
+    """Return ``pl.sweep``, which is not part of the library: it is in ``prunelab.experiments``."""
     if name == "sweep":
         from prunelab.experiments.sweeping.sweep import sweep
 

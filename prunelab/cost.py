@@ -75,7 +75,7 @@ def count(model: nn.Module, example_inputs: fakes.Inputs) -> Cost:
     """Count what one forward pass of ``model`` costs, without computing it.
 
     Args:
-        model: any module; counted in eval mode, left as it is.
+        model: any module; counted in eval mode, not changed.
         example_inputs: a tensor, a tuple or a dict; FLOPs are those of this batch.
 
     Returns:

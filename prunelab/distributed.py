@@ -14,7 +14,7 @@ be sure that not even rounding tells the processes apart, plans and weights are 
 
 Files (``pl.save``, states, reports) are written by rank 0: ``if pl.distributed.rank() == 0: pl.save(…)``.
 
-Flows in: batches of one process.  Flows out: batches that stand for those of all.
+Flows in: batches of one process.  Flows out: batches that represent those of all.
 """
 
 from __future__ import annotations

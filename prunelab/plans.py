@@ -75,7 +75,7 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            PlanError: the text is no plan, or of a later format.
+            PlanError: the text is not a plan, or of a later format.
         """
         try:
             data = json.loads(text)

@@ -63,13 +63,13 @@ class Regularizer(ABC):
         strength: λ, at least 0.  It may be changed between steps (``penalty.strength = …``), as schedules do.
 
     Raises:
-        BudgetError: ``strength`` is no number of at least 0.
+        BudgetError: ``strength`` is not a number of at least 0.
         PlanError: the graph has nothing that the penalty is about.
     """
 
     def __init__(self, graph: DependencyGraph, strength: float) -> None:
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < math.inf:
-            raise BudgetError(f"strength={strength!r} is no number of at least 0.")
+            raise BudgetError(f"`strength` must be a number of at least 0, got {strength!r}.")
         self.model, self.strength = graph.model, strength
         self.sizes = {group.name: group.size for group in graph.groups}
         parameters = {name for name, _ in graph.model.named_parameters()}
@@ -159,7 +159,7 @@ class NetworkSlimming(Regularizer):
         every_norm: whether group, layer, instance and RMS norms count too, and not batch norms alone.
 
     Raises:
-        BudgetError: ``strength`` is no number of at least 0.
+        BudgetError: ``strength`` is not a number of at least 0.
         PlanError: no unit is scaled by such a norm.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, equation 1.
@@ -221,7 +221,7 @@ class GroupLasso(_OnGroups):
         bias: whether biases count.
 
     Raises:
-        BudgetError: ``strength`` is no number of at least 0.
+        BudgetError: ``strength`` is not a number of at least 0.
         PlanError: the graph has no groups.
 
     Source: Yuan & Lin 2006, *Model selection and estimation in regression with grouped variables*, equation 2.1; over
@@ -274,7 +274,7 @@ class DepGraphNorm(_OnGroups):
         bias: whether biases count.
 
     Raises:
-        BudgetError: ``strength`` or ``alpha`` is no number of at least 0.
+        BudgetError: ``strength`` or ``alpha`` is not a number of at least 0.
         PlanError: the graph has no groups.
 
     Source: Fang et al. 2023, *DepGraph: Towards Any Structural Pruning*, section 3.3, with α = 4.
@@ -291,7 +291,7 @@ class DepGraphNorm(_OnGroups):
         self, graph: DependencyGraph, strength: float = 1e-4, *, alpha: float = 4.0, bias: bool = True
     ) -> None:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
-            raise BudgetError(f"alpha={alpha!r} is no number of at least 0.")
+            raise BudgetError(f"`alpha` must be a number of at least 0, got {alpha!r}.")
         super().__init__(graph, strength, bias=bias)
         self.alpha = alpha
 

@@ -3,7 +3,7 @@
     python -m sweeps.keep out/quick
 
 writes the report of a finished sweep, and from it a table (CSV), figures and a summary (JSON).  The table also goes to
-data/shootout, where 15_shootout looks for it; its means and a figure stand in the README, between two comments.
+data/shootout, where 15_shootout looks for it; its means and a figure are in the README, between two comments.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shown(rows: pd.DataFrame) -> str:
 
 
 def block(rows: pd.DataFrame, about: dict) -> str:
-    """Return what stands in the README: the table, a figure, and how it came about."""
+    """Return the README's part: the table, a figure, and how it was measured."""
     whole = ", ".join(f"{100 * value:.1f} % ({name})" for name, value in about["whole"].items())
     calls = about["calls"]
     whole_calls = all("seconds" in call for call in calls)  # one that was stopped has none

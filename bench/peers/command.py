@@ -1,4 +1,4 @@
-"""The command line that all tables share: measure, keep, and write the page anew.
+"""The command line that all tables share: measure, keep, and write the page.
 
 `bench/peers.json` holds the rows of all tables; a table that is measured again replaces its own rows.
 """
@@ -40,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
 def run(names: Sequence[str], setting: Setting, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Measure some tables, keep their rows as they come, and return everything, and which tables ended in an error.
 
-    A table that says `RESUMES` and was cut short goes on where it was; the others start anew.
+    A table that says `RESUMES` and was cut short resumes; the others start again.
     """
     warnings.filterwarnings("ignore")
     kept = load(out)

@@ -38,7 +38,7 @@ def grown(function: Callable[[], object]) -> dict[str, Any]:
 
 def _measure(function: Callable[[], object]) -> dict[str, Any]:
     try:
-        RESET.write_text("5")  # the high-water mark starts anew
+        RESET.write_text("5")  # reset the high-water mark
         before = _high_water()
         function()
         return {"megabytes": max(_high_water() - before, 0) / 1024}

@@ -32,7 +32,7 @@ PAIRS = {
     "Hv": (products.OURS, products.THEIRS),
     "score, plan, cut": ("prunelab", "Torch-Pruning"),
 }
-"""What stands in one line of the ratios: ours, theirs."""
+"""What one line of the ratios compares: ours, theirs."""
 
 
 def measured(network: str, images: int, batch: int) -> dict[tuple[str, str], Callable[[], object]]:

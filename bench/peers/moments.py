@@ -151,7 +151,7 @@ def markdown(found: list[Row]) -> Iterator[str]:
         yield ""
         yield (
             "Torch-Pruning's difference is not rounding: `accumulate_grad` asks whether a *name* is in a dictionary "
-            "that is keyed by *parameter*, so each sample replaces the one before and the last is what is left."
+            "that is keyed by *parameter*, so each sample replaces the one before it, and only the last is left."
         )
 
 

@@ -149,9 +149,9 @@ def _opening(kept: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield (
-        "In each table all run in one process, in turns, on the same model and data; peers are used as their "
-        "documentation says. Times are medians of repeated runs after a first one, in seconds of the processor on one "
-        "thread, of the clock on a GPU; peers.json has both."
+        "In each table all libraries run in one process, in turns, on the same model and data; peers are used as "
+        "their documentation says. Times are medians of repeated runs after a first one: processor seconds on one "
+        "thread, wall-clock seconds on a GPU; peers.json has both."
     )
 
 

@@ -128,7 +128,9 @@ def ratios(found: list[Row]) -> list[Ratio]:
             Ratio(f"Hv{where}", THEIRS, median(by[n, THEIRS] / by[n, OURS] for n in networks), over=over),
             Ratio(f"Hv{where}", PLAIN, median(by[n, PLAIN] / by[n, OURS] for n in networks), over=over),
             Ratio(f"θ⊙Hθ{where}, cost", f"{FLOOR} = 1", median(cost.values()), over=over),
-            Ratio(f"θ⊙Hθ{where}, cost", f"{FLOOR} = 1", cost[worst], "≤ 3.5×", met, f"the dearest network, {worst}"),
+            Ratio(
+                f"θ⊙Hθ{where}, cost", f"{FLOOR} = 1", cost[worst], "≤ 3.5×", met, f"the most expensive network, {worst}"
+            ),
         ]
     return lines
 

@@ -64,15 +64,15 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "oracle": ("oracle", {}),
 }
 PER_UNIT = ("random", "magnitude", "magnitude, L1, raw", "BN scale", "FPGM")
-"""What is no loss is ranked as it is; the others per FLOP that a unit saves."""
+"""Scores that are not a change of the loss are ranked per unit; the others per FLOP that a unit saves."""
 FEW = ("quadratic", "oracle")
 """Scored on a batch of the images: a pass for every unit."""
 BOTTLENECKS = ("EigenDamage, factorised",)
 """Layers become products of smaller ones, instead of losing channels."""
 ISOMORPHIC = ("magnitude, L2", "Taylor", "Hessian, all samples counted")
 QUICK = ("magnitude", "Taylor", "gate, softened labels", "EigenDamage, factorised"), ("magnitude, L2", "Taylor")
-ANEW = "batch norm anew"
-KINDS = {"compensated": ("compensated",), ANEW: (ANEW,), "as it was cut": ("cut", "isomorphic")}
+RE_ESTIMATED = "batch norm re-estimated"
+KINDS = {"compensated": ("compensated",), RE_ESTIMATED: (RE_ESTIMATED,), "as cut": ("cut", "isomorphic")}
 """What was done after a cut, as in the table of the best -> the ways that belong to it."""
 Cut = Callable[[float], nn.Module]
 
@@ -80,7 +80,7 @@ Cut = Callable[[float], nn.Module]
 def ways(model: nn.Module, batches: list, augmented: list, quick: bool) -> Iterator[tuple[str, str, str, Cut]]:
     """Yield who, the criterion, how, and what cuts to a share of the FLOPs; scores are taken when first needed.
 
-    Batch norms are measured anew on ``augmented``, as they were in training.
+    Batch norms are re-estimated on ``augmented``, as they were in training.
     """
     graph = pl.trace(model, their_pruner.INPUTS.to(batches[0][0].device))
     has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -91,7 +91,7 @@ def ways(model: nn.Module, batches: list, augmented: list, quick: bool) -> Itera
         ours = _ours(model, scores, "unit" if name in PER_UNIT else "flops", bottlenecks=name in BOTTLENECKS)
         yield "prunelab", name, "cut", ours
         if has_batch_norm:
-            yield "prunelab", name, ANEW, _anew(ours, augmented)
+            yield "prunelab", name, RE_ESTIMATED, _re_estimated(ours, augmented)
         if name not in BOTTLENECKS:
             yield "prunelab", name, "compensated", partial(ours, compensate=batches)
     for name in QUICK[1] if quick else their_pruner.IMPORTANCES:
@@ -99,7 +99,7 @@ def ways(model: nn.Module, batches: list, augmented: list, quick: bool) -> Itera
         theirs = _theirs(model, make, batches, isomorphic=False)
         yield "Torch-Pruning", name, "cut", theirs
         if has_batch_norm:
-            yield "Torch-Pruning", name, ANEW, _anew(theirs, augmented)
+            yield "Torch-Pruning", name, RE_ESTIMATED, _re_estimated(theirs, augmented)
         if name in ISOMORPHIC and not quick:
             yield "Torch-Pruning", name, "isomorphic", _theirs(model, make, batches, isomorphic=True)
 
@@ -128,7 +128,7 @@ def _theirs(model: nn.Module, make: their_pruner.Cut, batches: list, isomorphic:
     return cut
 
 
-def _anew(cut: Cut, batches: list) -> Cut:
+def _re_estimated(cut: Cut, batches: list) -> Cut:
     """Cut, then measure the statistics of batch norms once more, which anyone can do without training."""
 
     def measured(share: float) -> nn.Module:
@@ -187,11 +187,11 @@ def about() -> Iterator[str]:
         "images (`quadratic` and `oracle` a quarter of them). prunelab's plan meets the FLOPs; the pruner of "
         "Torch-Pruning removes a share of the channels, so its `pruning_ratio` is searched until the result, counted "
         "alike, has as many FLOPs at most. Its options are its defaults, ranking globally, for three importances "
-        "isomorphically too; a Transformer's heads are named to it. *Hessian* is its code as it is, which keeps the "
+        "isomorphically too; a Transformer's heads are named to it. *Hessian* is its code unchanged, which keeps the "
         "last sample only; *all samples counted* is ours, on top of its class. Compensation refits what is left on the "
-        "same images, without labels; Torch-Pruning has none. *Batch norm anew* shows, for both, what measuring those "
-        "statistics once more does, which takes neither library: on the same images, augmented as in training, where "
-        "these statistics come from. The fine-tune is one pass over "
+        "same images, without labels; Torch-Pruning has none. *Batch norm re-estimated* shows, for both, "
+        "what measuring its statistics again does, for which no library is needed: on the same images, augmented as "
+        "in training, where these statistics come from. The fine-tune is one pass over "
         f"{TUNING:,} training images, with the learning rates of sweeps/quick.yaml."
     )
 

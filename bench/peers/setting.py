@@ -24,7 +24,7 @@ class Setting:
     Attributes:
         quick: a few minutes for everything, to see that it works; less of everything.
         data: what `pl.data.cifar10` takes, for the table of quality.
-        known: rows of a run that was cut short, which goes on where it was.
+        known: rows of a run that was cut short, which resumes.
     """
 
     quick: bool = False

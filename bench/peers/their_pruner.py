@@ -80,7 +80,7 @@ def hessian(repaired: bool) -> Cut:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return what stands in `.grad`, which a copy of a model does not take along."""
+    """Return the values of `.grad`, which a copy of a model does not have."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

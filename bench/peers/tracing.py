@@ -82,7 +82,7 @@ def _makes_classes(module: nn.Module) -> bool:
 
 
 def runs(cut: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, inputs: Tensor) -> str:
-    """Return "yes" if a model can be cut and still runs, "nothing cut" if it is as it was, or what was raised."""
+    """Return "yes" if a model can be cut and still runs, "nothing cut" if nothing changed, or what was raised."""
     try:
         with within(PATIENCE):
             small = cut(model, inputs)
@@ -112,7 +112,7 @@ def about() -> Iterator[str]:
     yield (
         "The time from a model and one image to its groups: `pl.trace` and `tp.DependencyGraph().build_dependency`, "
         "without any hint to either. Then half of everything but the classes is removed at random and the result is "
-        "run on an image: *cut* says what came of that. Models without weights, batch of one."
+        "run on an image: *cut* says whether that worked. Models without weights, batch of one."
     )
 
 

@@ -21,7 +21,7 @@ from prunelab.criteria.base import Criterion
 NONE = "–"
 COSTS = (
     "Time and memory on one CPU thread. The floor is one forward and one backward pass over the same data; all else is "
-    "in multiples of it. Which of these a criterion needs stands under it; `pl.collect` measures several in one pass."
+    "in multiples of it. Each criterion says which of these it needs; `pl.collect` measures several in one pass."
 )
 ACCURACIES = (
     "The last columns of each table are accuracies in percent on test images, right after a cut to that share of the "
@@ -202,7 +202,7 @@ def _overview(entries: list[Entry], rows: list[Row]) -> str:
 
 
 def _short(keeps: str) -> str:
-    """Return the first clause; the rest stands under the criterion."""
+    """Return the first clause; the rest is shown under the criterion."""
     clause = re.match(r"In the quadratic model (?:this keeps )?((?:``.*?``|[^,:;.])+)", keeps)
     return clause[1] if clause else NONE
 

@@ -57,7 +57,7 @@ def _copies(root: Path) -> Iterator[tuple[str, str | bytes]]:
 
 
 def _linked(root: Path, docs: Path, pages: Mapping[str, str | bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield what pages link to that is no page itself, as code or licence; a reader downloads it.
+    """Yield what pages link to that is not a page itself, such as code or the licence; a reader downloads it.
 
     Raises:
         ValueError: it would lie where git does not ignore it.

@@ -1,4 +1,4 @@
-"""Names of prunelab are links: in annotations, and in words where they stand as code (``pl.plan``, ``Statistics``).
+"""Names of prunelab are links: in annotations, and in words that are set as code (``pl.plan``, ``Statistics``).
 
 autodoc writes where a class was defined (``prunelab.plans.Plan``); readers know it by where it is documented
 (``prunelab.Plan``).  Flows in: pages and docstrings as Sphinx reads them.  Flows out: the same, with links.
@@ -88,7 +88,7 @@ def _table(env: Any) -> dict[str, str]:
 
 
 def _missing(app: Any, env: Any, node: addnodes.pending_xref, content: nodes.Element) -> nodes.Element | None:
-    """Resolve a reference to where something was defined; a type variable is no link."""
+    """Resolve a reference to where something was defined; a type variable is not a link."""
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target:
         return None
@@ -96,7 +96,7 @@ def _missing(app: Any, env: Any, node: addnodes.pending_xref, content: nodes.Ele
         return content
     table = _table(env)
     name = table.get(target)
-    if name is None and "." not in target:  # an annotation as it stands in the code: `Plan`
+    if name is None and "." not in target:  # an annotation as written in the code: `Plan`
         ends = sorted((known for known in table if known.endswith(f".{target}")), key=len)
         name = table[ends[0]] if ends else None
     return _reference(app.builder, env, node["refdoc"], name, content) if name else None
@@ -108,7 +108,7 @@ def _reference(builder: Any, env: Any, here: str, name: str, content: nodes.Node
 
 
 def _link(app: Any, doctree: nodes.document, here: str) -> None:
-    """Make links of names that stand as code in running text."""
+    """Make links of names that are set as code in running text."""
     env = app.builder.env
     documented = env.get_domain("py").objects
     classes: dict[str, str] = {}

@@ -117,7 +117,7 @@ class Batch:
             raise BatchError(self.problem or f"The loss cannot take {given}: {error}") from error
         if not isinstance(value, Tensor) or value.dim():
             found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise BatchError(f"The loss is no single number but {found}: it must be the mean over the samples.")
+            raise BatchError(f"The loss is not a single number but {found}: it must be the mean over the samples.")
         return value
 
     def summed(self, outputs: Any) -> Tensor:
@@ -171,7 +171,7 @@ class Batch:
         if self.own and self.recipe is None:
             raise BatchError(
                 f"`{needed_by}` needs the loss as a function of the model's outputs, and the loss that the model "
-                "returns is none of its logits and labels that prunelab knows: give pl.Task(batches, loss=…, "
+                "returns is not one that prunelab finds from its logits and labels: give pl.Task(batches, loss=…, "
                 "targets=…, outputs=…)."
             )
         return self
@@ -194,7 +194,7 @@ class Batch:
         """How much each sample counts in the mean, ``[size]``; ``None`` where all count as one.
 
         Raises:
-            BatchError: the task's weights are no numbers of at least 0, one for each sample.
+            BatchError: the task's weights are not numbers of at least 0, one for each sample.
         """
         if self.fixed is not None:
             return self.fixed

@@ -26,7 +26,7 @@ def check_mean(outputs: Any, batch: Batch) -> None:
     """Check that the loss of a batch is ``Σ_n c_n ℓ_n / Σ_n c_n``, ℓ_n the loss of sample n alone.
 
     Raises:
-        BatchError: it cannot be computed, is no single number, or another one.
+        BatchError: it cannot be computed, is not a single number, or differs.
     """
     if (is_known(batch.loss) and (batch.task is None or batch.task.weights is None)) or (
         batch.own and batch.recipe is None
@@ -68,7 +68,7 @@ def weighed(model: nn.Module, batch: Batch) -> Batch:
     A language model's first label, or last, is often left out.  Cost: one forward pass, and the loss a few times.
 
     Raises:
-        BatchError: the loss is no weighted mean of that kind.
+        BatchError: the loss is not a weighted mean of that kind.
     """
     with torch.no_grad():
         outputs = batch.run(model)
@@ -97,7 +97,7 @@ def check_own(model: nn.Module, batch: Batch) -> None:
     """Check a loss that the model computes itself in some unknown way, by calling it on parts of the batch.
 
     Raises:
-        BatchError: it is no mean over samples.
+        BatchError: it is not a mean over samples.
     """
     if not batch.own or batch.recipe is not None or batch.size < 2:
         return

@@ -72,7 +72,7 @@ class Explorer(ipywidgets.VBox):
         return {**(super()._repr_mimebundle_(**kwargs) or {}), "image/png": picture}
 
     def redraw(self) -> None:
-        """Draw the figure for the controls as they stand, then publish the caption."""
+        """Draw the figure for the current controls, then publish the caption."""
         self._waiting = None
         with collection_put_off():
             self._answer()
@@ -175,7 +175,7 @@ def explore(draw: Callable[..., tuple[Figure, str]], **controls: Choices | ipywi
             dict from labels to values to choose from (buttons up to four, else a list), or a widget with a ``value``.
 
     Raises:
-        PruneLabError: a control is none of these, or has nothing to choose from.
+        PruneLabError: a control is not one of these, or has nothing to choose from.
 
     >>> from prunelab.course.figures import picture
     >>> widget = explore(lambda bits: (picture(), f"{2**bits} levels"), bits=range(1, 9))

@@ -191,10 +191,10 @@ class Criterion(ABC):
         """Return the score of every unit of every group of ``graph``."""
 
     def __init_subclass__(cls, *, name: str | None = None, **options: Any) -> None:
-        """Let every criterion run outside of inference mode, refuse what is no graph, and say what has no data.
+        """Let every criterion run outside of inference mode, refuse what is not a graph, and say what has no data.
 
         Args:
-            name: what ``criteria.get`` knows it by; a class without one is no criterion by itself.
+            name: what ``criteria.get`` knows it by; a class without one is not a criterion by itself.
             options: as for any class.
 
         Raises:

@@ -27,7 +27,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 class BNScale(GroupwiseCriterion, name="bn_scale"):
     """Score a unit by ``|γ|``, the scale that a norm gives it; reduced over the norms if it passes several.
 
-    After batch norm a channel has unit variance over the data, so ``|γ|`` is the deviation of what it hands on.  That
+    After batch norm a channel has unit variance over the data, so ``|γ|`` is the deviation of what it passes on.  That
     says nothing of what consumers do with it: the score is meant for networks trained with an L1 penalty on γ.
 
     In the quadratic model this keeps no term.  Cost: none, no data are read.
@@ -41,7 +41,7 @@ class BNScale(GroupwiseCriterion, name="bn_scale"):
         normalizer: ``"none"`` by default: one threshold on ``|γ|`` for the whole network, as in the paper.
 
     Raises:
-        OptionError: ``fallback`` is none of these.
+        OptionError: ``fallback`` is not one of these.
 
     Source: Liu et al. 2017, *Learning Efficient Convolutional Networks through Network Slimming*, section 3.
     """

@@ -144,7 +144,7 @@ def layer_pairs(
         The names, and float64 ``[n, n]`` on the CPU, symmetric.
 
     Raises:
-        PruneLabError: a name is no parameter of the model.
+        PruneLabError: a name is not a parameter of the model.
         BatchError: batches are missing or do not fit the model.
 
     Source: the decomposition over pairs of layers of Sun et al. 2025, *Optimal Brain Apoptosis*, section 3, exact.

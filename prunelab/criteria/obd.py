@@ -26,7 +26,7 @@ class OBD(GroupwiseCriterion, name="obd"):
 
     In the quadratic model this keeps ``½ δᵀHδ`` with everything off the diagonal of H taken as zero, and leaves out
     ``gᵀδ``, which vanishes at a minimum.  A score is a predicted change of the loss, so units of all groups compare as
-    they are.  What stands for h:
+    they are.  What is used for h:
 
     - ``"empirical"``: E[g_n²], g_n the gradient of one sample's loss.  Cost: one forward and backward pass, and the
       squares (about 2 together);

@@ -1,6 +1,6 @@
 """OBS: what removing costs once all other weights have adapted.
 
-OBD's ½ w²h takes the other weights as they are.  Here the cost is the minimum of ½ δᵀHδ over all δ that take the unit's
+OBD's ½ w²h keeps the other weights fixed.  Here the cost is the minimum of ½ δᵀHδ over all δ that take the unit's
 weights S away: ``½ w_Sᵀ ([H⁻¹]_SS)⁻¹ w_S``.  On a network of some thousand weights H is dense (``surgeon`` has the
 algebra); on larger ones it is a block per layer, S ⊗ A, whose inverse is S⁻¹ ⊗ A⁻¹:
 
@@ -195,7 +195,7 @@ class OBS(KroneckerCriterion, name="obs"):
 
 
 def _indices(group: Group, places: dict[str, Tensor]) -> Iterator[Tensor]:
-    """Yield, for every unit of a group, where all its weights stand in the vector of all parameters."""
+    """Yield, for every unit of a group, where all its weights are in the vector of all parameters."""
     members = [member for member in group.members if member.name in places]
     for unit in range(group.size):
         found = [

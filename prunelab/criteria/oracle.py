@@ -40,7 +40,7 @@ class Oracle(Criterion, name="oracle"):
 
     Silencing is that of ``prunelab.masked``: nothing reads the unit, and means, variances and norms leave it out.
 
-    In the quadratic model nothing stands for this: it is ΔL(u) itself, which the model approximates.  Cost: one forward
+    In the quadratic model no term gives this: it is ΔL(u) itself, which the model approximates.  Cost: one forward
     pass over the data for every unit, from the first layer that the unit touches on; memory as for training on one
     batch.
 
@@ -82,7 +82,7 @@ def loss_changes(
     """Return how the mean loss changes when each of some units is silenced, alone.
 
     Args:
-        graph: of the model, which is left as it is.
+        graph: of the model, which is not changed.
         batches: pairs ``(inputs, targets)``.
         units: group name -> units to measure.
         loss: ``loss(outputs, targets)``, a mean over samples.

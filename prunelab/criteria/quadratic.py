@@ -38,7 +38,7 @@ class Quadratic(Criterion, name="quadratic"):
 
     In the quadratic model this keeps everything, in the coordinates of the weights: every other criterion in them
     leaves something out.  A unit's slices are those of all members that are parameters, weights and biases of norms
-    included; running means and variances are no parameters and stay.  (Without its scale and bias a channel of a batch
+    included; running means and variances are not parameters and stay.  (Without its scale and bias a channel of a batch
     norm gives zero whatever they are, so silencing them would change nothing.)
 
     All units of a group are scaled by numbers s, one each; δ is the step −1 in s_u, so that ``gᵀδ = −∂L/∂s_u`` and

@@ -31,7 +31,7 @@ from prunelab.tracing.trace import DependencyGraph, trace
 
 FORMAT = 1
 KEY = "prunelab_scores"
-"""Where the header stands in safetensors' metadata."""
+"""Where the header is in safetensors' metadata."""
 
 
 class Stored(NamedTuple):
@@ -183,5 +183,5 @@ def _checked(text: str, kinds: Collection[str]) -> dict[str, Any]:
         raise DataError("its header lacks the kind, the groups or the shapes")
     names = [*data["ignored"], *data["layers"], *(group[0] for group in data["groups"])]
     if not all(isinstance(name, str) for name in names) or any(len(group) != 3 for group in data["groups"]):
-        raise DataError("its header has groups or names that are not ones")
+        raise DataError("its header has invalid groups or names")
     return data

@@ -48,7 +48,7 @@ def hessian(
     Cost: one double backward pass per parameter, for every batch.
 
     Args:
-        model: the network; left as it was.
+        model: the network; unchanged afterwards.
         batches: pairs ``(inputs, targets)``.
         loss: ``loss(outputs, targets)``, a mean over the samples.
         names: of the parameters, in this order; all by default.
@@ -58,7 +58,7 @@ def hessian(
         ``[n, n]``, symmetric, on the model's device.
 
     Raises:
-        PruneLabError: a name is no parameter of the model.
+        PruneLabError: a name is not a parameter of the model.
         BudgetError: there are more than ``max_parameters``.
         BatchError: the batches do not fit the model, or the matrix is not finite.
 
@@ -123,7 +123,7 @@ def fisher(
     Cost: one backward pass per sample, times the number of classes for ``kind="exact"``.
 
     Args:
-        model: the network; left as it was.
+        model: the network; unchanged afterwards.
         batches: pairs ``(inputs, labels)``.
         loss: the negative log-likelihood of labels, a mean over the samples.
         names: of the parameters, in this order; all by default.
@@ -134,7 +134,7 @@ def fisher(
 
     Raises:
         BudgetError: there is no such kind, or there are more than ``max_parameters``.
-        BatchError: the batches do not fit the model, or the targets are no labels where labels are drawn.
+        BatchError: the batches do not fit the model, or the targets are not labels although labels are drawn.
     """
     if kind not in LABEL_SOURCES:
         raise BudgetError(f"kind={kind!r} is not one of {', '.join(LABEL_SOURCES)}.")
@@ -200,7 +200,7 @@ def _mean(
     chosen = list(named) if names is None else list(names)
     for name in chosen:
         if name not in named:
-            raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}.")
+            raise PruneLabError(f"`{name}` is not a parameter of {type(model).__name__}.")
     number = sum(named[name].numel() for name in chosen)
     if number > limit:
         raise BudgetError(

@@ -146,7 +146,7 @@ def _sampled_slopes(outputs: Any, batch: Batch, seed: int, first: int, option: s
     sampled = sampled_labels(shown, labels, seed, first, option)
     drawn = batch.relabelled(torch.where(counted(batch.loss, labels), sampled, labels))
     if is_cross_entropy(batch.loss) and bool(getattr(batch.loss, "label_smoothing", 0)):
-        # a smoothed label is no sample of the softmax, a sharp one is, and the Hessian is the same
+        # a smoothed label is not a sample of the softmax, a sharp one is, and the Hessian is the same
         drawn = replace(drawn, loss=nn.CrossEntropyLoss(ignore_index=ignored_label(batch.loss)))
     found = slopes(outputs, drawn)
     if last:
@@ -188,7 +188,7 @@ def sampled_labels(outputs: Tensor, targets: Tensor, seed: int, first: int, opti
     """Return labels drawn from ``softmax(outputs)`` over dimension 1; sample n's draw depends on seed and n alone.
 
     Raises:
-        BatchError: the targets are no class labels.
+        BatchError: the targets are not class labels.
     """
     places = outputs.shape[2:]
     if targets.is_floating_point() or outputs.dim() < 2 or targets.shape != (len(outputs), *places):

@@ -20,7 +20,7 @@ from prunelab.runtime.switches import undisturbed
 def mean_gradient(model: nn.Module, batches: Batches | None, loss: Loss = F.cross_entropy) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples, ``g = E[∂ℓ/∂w]``, in eval mode.
 
-    The model's own ``grad`` fields and mode stay as they were.  Cost: one forward and one backward pass over the data.
+    The model's own ``grad`` fields and mode do not change.  Cost: one forward and one backward pass over the data.
 
     Args:
         model: the network.

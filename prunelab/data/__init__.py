@@ -61,7 +61,7 @@ def get(name: str | Path) -> TrainTest:
 
     Args:
         name: ``"cifar10-mini"`` comes with prunelab; ``"cifar10"`` and ``"cifar100"`` are downloaded once;
-            ``"tiny-imagenet"`` and ``"imagenet"`` are to be put into ``$PRUNELAB_DATASETS`` (or ``~/.cache/prunelab``)
+            ``"tiny-imagenet"`` and ``"imagenet"`` must be put into ``$PRUNELAB_DATASETS`` (or ``~/.cache/prunelab``)
             first; or a folder with any of these, or with ``train`` and ``val`` and a folder in each for every class.
 
     Raises:

@@ -193,7 +193,7 @@ class FileSet(Images):
         try:
             image = transforms().functional.pil_to_tensor(opened(path))
         except OSError as error:
-            raise DataError(f"{path} is no image that can be read ({error}); restore or remove it.") from error
+            raise DataError(f"{path} is not an image that can be read ({error}); restore or remove it.") from error
         image = (self.augment or self.spec.framing())(image)
         if image.shape[1:] != (self.spec.size, self.spec.size):
             raise DataError(

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     running.add_argument("--scheduler", help="address or scheduler file of Dask (default: workers on this machine)")
     running.add_argument("--workers", type=int, help="on this machine (default: one per GPU or core; 0: without Dask)")
     running.add_argument(
-        "--by-version", action="store_true", help="let results of other sources of the same version stand"
+        "--by-version", action="store_true", help="accept results of other sources of the same version"
     )
     running.add_argument("--list", action="store_true", help="check the grid and list its jobs, run nothing")
     telling = commands.add_parser("report", help="write table, figures, ranking and page of a sweep")

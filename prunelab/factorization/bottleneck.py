@@ -146,7 +146,7 @@ def shell(layer: nn.Module, inward: int | None, outward: int | None, trainable: 
     Args:
         layer: a linear or convolution layer, or a bottleneck, whose core is then the layer that is split; the sides
             that it has stay.
-        inward: r_in of every group; ``None`` leaves that side as it is.
+        inward: r_in of every group; ``None`` leaves that side unchanged.
         outward: r_out of every group, or ``None``.
         trainable: whether the weights of ``inward`` and ``outward`` require gradients.
     """
@@ -216,7 +216,7 @@ def refusal(layer: nn.Module) -> str | None:
     kinds = (*LINEAR, *CONVOLUTIONS, *TRANSPOSED)
     base = next((kind for kind in kinds if isinstance(layer, kind)), None)
     if base is None:
-        return f"a {type(layer).__name__} is no linear or convolution layer"
+        return f"a {type(layer).__name__} is not a linear or convolution layer"
     own = [name for name in ("forward", "_conv_forward") if getattr(type(layer), name, 0) is not getattr(base, name, 0)]
     return f"{type(layer).__name__} has a forward of its own" if own else None
 

@@ -61,7 +61,7 @@ def factorize(
         params: share of the parameters that is kept.  Exactly one of the two.
         per: weigh the damage of ranks against the ``"flops"`` or ``"params"`` that they cost (``"auto"``: as the budget
             is given); or keep all rows and columns above one threshold, whatever they cost (``"unit"``, as published).
-        ignore: names or modules that stay as they are.
+        ignore: names or modules that do not change.
         train_rotations: whether the rotations require gradients; they are in ``state_dict`` either way.
         inplace: change ``model`` itself instead of a copy.
 

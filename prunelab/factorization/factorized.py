@@ -73,7 +73,7 @@ class Factorized:
         try:
             data = json.loads(text)
             if data["action"] != "factorize" or type(data["train_rotations"]) is not bool:
-                raise PlanError("This is no factorisation of prunelab.")
+                raise PlanError("This is not a factorisation of prunelab.")
             layers = tuple(
                 Narrowed(
                     str(layer["weight"]),
@@ -84,7 +84,7 @@ class Factorized:
             )
             return cls(layers, data["train_rotations"], dict(data["budget"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"This is no factorisation of prunelab: {error!r}.") from error
+            raise PlanError(f"This is not a factorisation of prunelab: {error!r}.") from error
 
     def redo(self, model: nn.Module) -> nn.Module:
         """Return ``model``, changed in place, with bottlenecks of these shapes, whose weights are not set yet.
@@ -105,7 +105,7 @@ def build(model: nn.Module, note: Factorized, bases: Mapping[str, LayerScores] |
         bases: weight name -> eigenbasis; without it the weights of the bottlenecks are left unset, to be loaded.
 
     Raises:
-        PlanError: a layer is missing, of another shape, or cannot be split; ``model`` is as it was.
+        PlanError: a layer is missing, of another shape, or cannot be split; ``model`` is unchanged.
     """
     names = {layer.weight for layer in note.layers}
     _sites_of(free(fakes.fake_model(model, fakes.fake_mode()), names), note)

@@ -28,7 +28,7 @@ from prunelab.errors import BudgetError
 
 
 class Choice(NamedTuple):
-    """Ranks of a layer's core: ``None`` leaves a side as it is; and what that costs (a share) and damages."""
+    """Ranks of a layer's core: ``None`` leaves a side unchanged; and what that costs (a share) and damages."""
 
     inward: int | None
     outward: int | None

@@ -1,4 +1,4 @@
-"""What stands in a file beside the weights: format, class, steps, ties, and a checksum over everything.
+"""What a file holds besides the weights: format, class, steps, ties, and a checksum over everything.
 
 Flows in: what is to be kept, or a file.  Flows out: safetensors' metadata, or the header and tensors of the file.  The
 file is data and is treated as such: sizes, types and nesting are bounded before anything is done with them.
@@ -24,7 +24,7 @@ LONGEST = 2**26
 """Characters of JSON that are read."""
 MOST_STEPS = 1000
 KEY, SUM = "prunelab", "sha256"
-"""Where the header stands in safetensors' metadata, and the checksum in the header."""
+"""Where the header is in safetensors' metadata, and the checksum in the header."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def metadata(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def checksum(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the header and of all tensors with their names, types and shapes, as hexadecimal digits.
 
-    It finds what was damaged or edited.  It is no signature: who edits a file on purpose can compute it again.
+    It finds what was damaged or edited.  It is not a signature: whoever edits a file on purpose can compute it again.
     """
     total = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -105,7 +105,7 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
                 raise DataError("it has no header of prunelab's")
             data = _parsed(found[KEY])
             header = Header.from_data(data)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
         if data.pop(SUM, None) != checksum(data, tensors):
             raise DataError("its contents do not have the checksum that was written with them")
     except DataError as error:
@@ -121,4 +121,4 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"its header is no JSON: {type(error).__name__}") from error
+        raise DataError(f"its header is not JSON: {type(error).__name__}") from error

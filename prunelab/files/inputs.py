@@ -26,12 +26,12 @@ def check_inputs(inputs: Any) -> None:
         if leaf.keys() == {"value"}:
             if leaf["value"] is not None and type(leaf["value"]) not in (bool, int, float, str):
                 kind = type(leaf["value"]).__name__
-                raise DataError(f"a plan was made with a {kind} among the example inputs, which is no plain data")
+                raise DataError(f"a plan was made with a {kind} among the example inputs, which is not plain data")
             continue
         if leaf.keys() != {"shape", "dtype"} or not _is_shape(leaf["shape"]):
-            raise DataError("a plan has example inputs of no shape that a tensor has")
+            raise DataError("a plan has example inputs with an invalid shape")
         if not isinstance(leaf["dtype"], str) or not isinstance(getattr(torch, leaf["dtype"], None), torch.dtype):
-            raise DataError("a plan has example inputs of a type that tensors do not have")
+            raise DataError("a plan has example inputs with an invalid type")
 
 
 def _is_shape(shape: Any) -> bool:
@@ -51,4 +51,4 @@ def _leaves(inputs: Any, depth: int) -> Iterator[dict[str, Any]]:
     elif isinstance(inputs, dict):
         yield inputs
     else:
-        raise DataError("a plan has example inputs that are none")
+        raise DataError("a plan has example inputs that cannot be read")

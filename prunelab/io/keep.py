@@ -32,11 +32,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write the weights of ``model`` and the steps that made it; the file appears whole or not at all.
 
     The file is in the safetensors format, with a JSON header: no pickle, nothing that is ever run.  What is in it is
-    what ``state_dict`` returns.  An interrupted save leaves the old file as it was.  Among several processes
+    what ``state_dict`` returns.  An interrupted save does not touch the old file.  Among several processes
     (``torch.distributed``) let one save, rank 0 as a rule.
 
     Args:
-        model: one that ``apply``, ``factorize`` or ``sparsify`` made, in any order, or any other; it stays as it is.
+        model: one that ``apply``, ``factorize`` or ``sparsify`` made, in any order, or any other; it is not changed.
         path: of the file to write; one that is there already is replaced.
 
     Raises:
@@ -70,7 +70,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     the model that comes of it, by name, shape and type, and have the checksum that was written with them.
 
     Args:
-        model: a fresh, unpruned model of the class that was pruned, of the same precision; it stays as it is.
+        model: a fresh, unpruned model of the class that was pruned, of the same precision; it is not changed.
         path: a file written by ``save``.
 
     Returns:
@@ -159,7 +159,7 @@ def _fitting(model: nn.Module, tensors: Mapping[str, Tensor], ties: Mapping[str,
     given = dict(tensors)
     for name, kept in ties.items():
         if kept not in tensors or name in tensors:
-            raise DataError(f"`{name[:100]}` is to be the same as `{kept[:100]}`, which the file does not have")
+            raise DataError(f"`{name[:100]}` must be the same as `{kept[:100]}`, which the file does not have")
         given[name] = tensors[kept]
     wrong = [f"the file lacks `{name}`" for name in sorted(state.keys() - given.keys())]
     wrong += [f"the file has `{name[:100]}`, the model does not" for name in sorted(given.keys() - state.keys())]

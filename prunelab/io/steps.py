@@ -23,15 +23,15 @@ from prunelab.tracing import fakes
 Step = Plan | Factorized | Sparsified
 
 KINDS: dict[Any, Any] = {"factorize": Factorized, "sparsify": Sparsified}
-"""What else than a plan may have made a model, by the word that stands in the file."""
+"""What else than a plan may have made a model, by the word for it in the file."""
 
 
 def plain(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the steps that made a model, as plain data.
 
     Raises:
-        DataError: the example inputs of a plan are no plain data.
-        TypeError: something else is no plain data.
+        DataError: the example inputs of a plan are not plain data.
+        TypeError: something else is not plain data.
     """
     steps: list[Step] = [
         replace(step, inputs=fakes.shapes_only(step.inputs)) if isinstance(step, Plan) else step
@@ -54,7 +54,7 @@ def opened(data: dict[str, Any]) -> Step:
     try:
         step: Step = kind.from_json(json.dumps(data))
     except (PruneLabError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"one of its steps is none: {error}") from error
+        raise DataError(f"one of its steps is invalid: {error}") from error
     if isinstance(step, Plan):
         check_inputs(step.inputs)
     return step

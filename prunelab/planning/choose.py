@@ -66,7 +66,7 @@ def plan(
         overrides: name -> share to remove, instead of what the ranking says.  Here and in ``max_ratio`` a name is that
             of a group, or of a module or parameter that produces some, or the module itself; the longest name counts.
         per: compare scores as they are (``"unit"``), or per ``"flops"``, ``"params"`` or ``"bytes"`` that a unit saves
-            in the whole network: several units that save little then stand against one that saves much.
+            in the whole network: several units that save little then compete with one that saves much.
         timing: how latency is measured.
 
     Returns:
@@ -111,7 +111,7 @@ def plan(
 
 
 def choose(scores: Scores, kind: str, share: float, options: Options) -> Plan:
-    """Return the plan for a budget, and in ``plan.budget`` what came of it; a share of 1 or more is met by all.
+    """Return the plan for a budget, and in ``plan.budget`` what it keeps; a share of 1 or more is met by all.
 
     Args:
         scores: from a criterion.

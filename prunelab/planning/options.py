@@ -92,7 +92,7 @@ def check_cuttable(graph: DependencyGraph, kind: str, share: float, costs: Mappi
     """Refuse a budget where there is nothing that it could be a share of.
 
     Raises:
-        PlanError: something is to go, and the graph has no groups.
+        PlanError: something should go, and the graph has no groups.
         BudgetError: the model has nothing of that kind.
     """
     name = type(graph.model).__name__

@@ -102,7 +102,7 @@ class _State:
         return slice(self.offsets[name], self.offsets[name] + self.sizes[name])
 
     def lowest(self, name: str) -> int:
-        """Return where the cheapest unit of a group stands among all units."""
+        """Return the place of the cheapest unit of a group among all units."""
         return self.offsets[name] + int(self.cost[self.slice(name)].argmin())
 
     def take(self, name: str) -> None:
@@ -125,7 +125,7 @@ class _Race:
         self.tied = [(place, bundle) for place, bundle in enumerate(pool) if len(bundle) > 1]
         groups = [(place, group) for place, bundle in enumerate(pool) for group in bundle]
         self.bundle_of = torch.tensor([place for place, _ in groups])
-        # Where the pool's units stand among all units, and which of the pool's groups each belongs to.
+        # The places of the pool's units among all units, and which of the pool's groups each belongs to.
         self.units = torch.cat([torch.arange(state.slice(g.name).start, state.slice(g.name).stop) for _, g in groups])
         self.owner = torch.repeat_interleave(torch.tensor([group.size for _, group in groups]))
 

@@ -103,7 +103,7 @@ def fit_latency(
         BudgetError: the smallest network still takes longer.
     """
     if target >= 1 and not plan_for(supply.settled({})).cuts:
-        return supply.settled({}), {}  # nothing is to go, so there is nothing to measure
+        return supply.settled({}), {}  # nothing goes, so there is nothing to measure
     clock, places, seen = timing.clock(model, inputs), timing.places, {}
 
     def measured(place: int) -> float:

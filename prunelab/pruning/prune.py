@@ -1,4 +1,4 @@
-"""All at once: trace, score, plan, cut and fine-tune, once or in steps, with a report of what came of it."""
+"""All at once: trace, score, plan, cut and fine-tune, once or in steps, with a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # it is part of typing from Python 3.11 on
     from typing_extensions import Unpack
 
 BEFORE, CUT, TUNED = "before", "cut", "fine-tuned"
-"""The stages of a run, as they stand in its report."""
+"""The stages of a run, by their names in its report."""
 
 
 @undisturbed()
@@ -67,7 +67,7 @@ def prune(
     progress: bool = True,
     **options: Unpack[PlanOptions],
 ) -> tuple[nn.Module, Report]:
-    """Prune ``model`` to a budget and return the smaller model with a report; ``model`` stays as it is.
+    """Prune ``model`` to a budget and return the smaller model with a report; ``model`` is not changed.
 
     Args:
         model: any module that can be traced.
@@ -90,10 +90,10 @@ def prune(
         evaluate: called with the model before, after every cut and after every fine-tuning; returns metrics by name, or
             one number, which is then called ``"score"``.
         state: folder in which the run is kept after every stage.  Called again after it was stopped, at any point, with
-            the same arguments, it goes on there; a finished run is returned from it.
+            the same arguments, it resumes there; a finished run is returned from it.
         seed: of Python's, NumPy's and PyTorch's random numbers, drawn again for every scoring and every fine-tuning, so
             that a run that was stopped ends like one that was not.  That is so as long as ``finetune`` and ``data``
-            draw from nothing else: a loader with a generator of its own is to be made in ``finetune``.  By default it
+            draw from nothing else: make a loader with its own generator in ``finetune``.  By default it
             is drawn from PyTorch's generator.
         progress: show a progress bar, if there are several steps.
         options: of ``plan`` (scope, max_ratio, round_to, ignore, overrides, per, timing).  ``max_ratio`` and

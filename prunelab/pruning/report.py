@@ -1,4 +1,4 @@
-"""What came of a run: numbers for every stage, and the plans.
+"""The report of a run: numbers for every stage, and the plans.
 
 Flows in: rows and plans, as the run goes.  Flows out: a table, JSON, a figure.
 """
@@ -65,7 +65,7 @@ class Report:
         """Read a report back.
 
         Raises:
-            DataError: the text is no report.
+            DataError: the text is not a report.
         """
         try:
             data = json.loads(text)

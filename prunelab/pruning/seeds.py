@@ -18,7 +18,7 @@ from prunelab.runtime.devices import forked_rng
 
 @contextmanager
 def seeded(model: torch.nn.Module, *place: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's generators by ``place`` for a while; each then goes on where it was.
+    """Seed Python's, NumPy's and PyTorch's generators by ``place`` for a while; each then continues where it was.
 
     Args:
         model: on whose device there may be another generator.

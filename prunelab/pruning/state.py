@@ -1,4 +1,4 @@
-"""A run on disk, so that one that was killed goes on where it was.
+"""A run on disk, so that one that was killed can resume.
 
 A folder holds ``state.json`` (what the run is, the report so far) and the weights after the last stage.  Weights are
 written first, under a name of their own; ``state.json``, replaced in one step, says which count.  Whenever the run is

@@ -67,7 +67,7 @@ def exact(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Let the generators of the CPU and of a device go on, in the end, where they are now.
+    """Restore the generators of the CPU and of a device, in the end, to their current state.
 
     They are those of the whole process: another thread that wants to seed them waits.
     """

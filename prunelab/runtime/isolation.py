@@ -70,7 +70,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Borrow a model in eval mode; then leave it exactly as it was.
+    """Borrow a model in eval mode; then restore it exactly.
 
     Modes, attributes, buffers (values too) and hooks are put back; parameters are not written to by a forward pass.
     """
@@ -87,7 +87,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Borrow a model in eval mode, with gradients for all parameters; then leave it exactly as it was.
+    """Borrow a model in eval mode, with gradients for all parameters; then restore it exactly.
 
     Raises:
         PruneLabError: a parameter cannot have a gradient, or has no shape yet.

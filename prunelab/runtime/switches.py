@@ -175,7 +175,7 @@ def undisturbed() -> Iterator[None]:
 
     In inference mode no tensor can have a gradient, and those without data are not seen.  With a default device
     (``torch.device("cuda")`` as a context, ``torch.set_default_device``) numbers of units would be made there; the
-    user's model and loss keep that default.  Whether gradients are on stays as it is; they are off in inference mode.
+    user's model and loss keep that default.  Whether gradients are on does not change; they are off in inference mode.
     """
     gradients = torch.is_grad_enabled()
     with ExitStack() as stack:

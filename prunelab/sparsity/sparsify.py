@@ -37,7 +37,7 @@ def sparsify(
 
     Every pruned weight gets a parametrization: the parameter moves to ``<module>.parametrizations.<name>.original``, in
     the ``state_dict`` too, with its mask beside it.  With ``inplace=True`` optimizers go on with the same parameters.
-    Weights that are tied share one mask.  The weights that are left stay as they are; on networks of some thousand
+    Weights that are tied share one mask.  The weights that are left do not change; on networks of some thousand
     weights ``criteria.obs.prune_weights`` removes one after the other and adapts all that are left.  On a model that is
     sparse already, what is zero stays zero and ``density`` counts from the whole.
 
@@ -48,7 +48,7 @@ def sparsify(
         density: the share of weights that is kept, in (0, 1]; of those that are pruned at all.
         scope: ``"global"`` ranks all weights together; ``"layer"`` keeps the same share of every weight tensor.
         pattern: ``(n, m)`` keeps n of every m neighbours along the input dimension (2:4 for sparse tensor cores), in
-            every tensor; the density is then n/m.  Weights whose input dimension is no multiple of m stay dense.
+            every tensor; the density is then n/m.  Weights whose input dimension is not a multiple of m stay dense.
         names: prune exactly these parameters; by default the weights of linear, convolution, attention, embedding and
             recurrent layers, never biases or norms.
         inplace: put the masks on ``model`` itself instead of a copy.
@@ -58,7 +58,7 @@ def sparsify(
 
     Raises:
         OptionError: ``density``, ``scope`` or ``pattern`` is out of range.
-        BudgetError: more weights are to stay than are left.
+        BudgetError: more weights should stay than are left.
         PlanError: a score is of a parameter that the model does not have, of another shape, or not a number; nothing
             can be pruned; ``names`` asks for something without a score, or that the pattern does not fit.
 

@@ -123,13 +123,13 @@ def greedy(
 
     Args:
         weights: ``[n]``.
-        inverse: ``[n, n]``, as ``damped_inverse`` returns it; stays as it is.
+        inverse: ``[n, n]``, as ``damped_inverse`` returns it; not changed.
         count: how many weights go, or sets.
         sets: instead of single weights remove whole sets of them, each int64 ``[s]``.
         among: bool ``[n]``: only these weights may go; the others compensate all the same.
 
     Raises:
-        BudgetError: there are fewer weights or sets than are to go.
+        BudgetError: there are fewer weights or sets than should go.
 
     Cost: n² multiplications per weight; with sets s³ more for every set at every step.
     """
@@ -139,7 +139,7 @@ def greedy(
     allowed = kept.clone() if among is None else among.to(left.device)
     available = int(allowed.sum()) if sets is None else len(sets)
     if not 0 <= count <= available:
-        raise BudgetError(f"{count} were to go, of {available} that may.")
+        raise BudgetError(f"{count} should go, but only {available} may.")
     order: list[int] = []
     costs: list[Tensor] = []
     for _ in range(count):

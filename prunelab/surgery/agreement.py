@@ -66,7 +66,7 @@ class Example:
             return tensors_of(call(model, inputs))
 
     def check(self, cut: nn.Module) -> None:
-        """Hold a cut network against the silenced one.
+        """Compare a cut network with the silenced one.
 
         Raises:
             PlanError: they differ; the message names the first call that does, if it can be found.

@@ -1,7 +1,7 @@
 """Surgery: cut what a plan says.
 
-Flows in: a model and a ``Plan``.  Flows out: a smaller model: of the same class (``cut``) where that can be had, else
-rebuilt from its operators (``rebuilt``); either is held against ``pl.masked``.
+Flows in: a model and a ``Plan``.  Flows out: a smaller model: of the same class (``cut``) where that is possible, else
+rebuilt from its operators (``rebuilt``); either is compared with ``pl.masked``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def apply(
     known = isinstance(model, Replayed) or plan.budget.get("backend") == "graph"  # needs no second attempt
     if backend == "graph" or (backend == "auto" and known and not inplace):
         if inplace:
-            raise PlanError("inplace=True cannot be had with backend='graph', which makes a new module.")
+            raise PlanError("inplace=True is not possible with backend='graph', which makes a new module.")
         return replay(model, plan, compensate, check=check)
     try:
         return cut(model, plan, inplace=inplace, compensate=compensate, check=check)

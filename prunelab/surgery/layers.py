@@ -135,7 +135,7 @@ def _free_multihead(layer: nn.MultiheadAttention) -> bool:
 STAND_INS: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., bool]]] = {
     nn.MultiheadAttention: (FreeMultiheadAttention, _free_multihead),
 }
-"""For a class of PyTorch: what stands in, and what prepares a layer for it, or refuses."""
+"""For a class of PyTorch: its stand-in, and what prepares a layer for it, or refuses."""
 
 
 def stand_in_for(kind: type[nn.Module]) -> tuple[type[nn.Module], Callable[..., bool]] | None:

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: a cut leaves the order of its dimensions there as it was (``channels_last``).
+"""How a tensor lies in memory: a cut keeps the order of its dimensions there (``channels_last``).
 
 Flows in: a tensor and the one that it takes the place of.  Flows out: the same values in the other's order.
 """

@@ -1,4 +1,4 @@
-"""Rehearsal: hold the operators of a cut model against those of the whole one, on tensors without data.
+"""Rehearsal: compare the operators of a cut model with those of the whole one, on tensors without data.
 
 Flows in: the trace before a cut, what stays, and the trace after it.  Flows out: the operators in pairs, or an error
 where one does not give the shape that it should, so that no cut goes wrong in silence.

@@ -197,7 +197,7 @@ class Changes:
         """Return what to change, ``None`` where removed entries do not reach what the call returns of others.
 
         Raises:
-            PlanError: it takes a statistic over removed units, and is none of those known here.
+            PlanError: it takes a statistic over removed units, and is not one of those known here.
         """
         gone = [leaf for key, leaf in call.consumed().items() if key in self.kept.masks]
         if not gone:

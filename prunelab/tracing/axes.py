@@ -1,4 +1,4 @@
-"""The algebra of axes: what a dimension of a tensor is made of, and which dimensions are one and the same.
+"""The algebra of axes: what a dimension of a tensor is made of, and which dimensions are the same.
 
 Every dimension of every tensor has an *axis*.  An axis is a leaf of some size, a **product** of axes (the dimension was
 or will be viewed as several: heads × head width) or a **sum** of axes (a concatenation).  Saying that two axes are the
@@ -255,7 +255,7 @@ def _divide(axis: Axis, size: int) -> tuple[Axis, Axis]:
     """Refine an axis into the product of an outer axis of ``size`` entries and an inner one."""
     axis = find(axis)
     if axis.size % size:
-        raise Mismatch(f"{show(axis)} is no multiple of {size}")
+        raise Mismatch(f"{show(axis)} is not a multiple of {size}")
     inner_size = axis.size // size
     if is_frozen(axis):
         why = next(leaves(axis)).frozen
@@ -268,7 +268,7 @@ def _divide(axis: Axis, size: int) -> tuple[Axis, Axis]:
         inner = product(waiting)
     else:
         if any(segment.size % inner_size for segment in segments_of(axis)):
-            raise Mismatch(f"{show(axis)} is no product of {size} and {inner_size}")
+            raise Mismatch(f"{show(axis)} is not a product of {size} and {inner_size}")
         pairs = [_divide(segment, segment.size // inner_size) for segment in segments_of(axis)]
         inner = pairs[0][1]
         for _, other in pairs[1:]:

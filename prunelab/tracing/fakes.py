@@ -79,7 +79,7 @@ def fake_mode() -> FakeMode:
 
 
 def fake_tensor(tensor: Tensor, mode: FakeMode, instead: torch.device | None = None) -> Tensor:
-    """Return a fake of ``tensor``, on its own device; where that is no real one, on another, or else on the CPU."""
+    """Return a fake of ``tensor``, on its own device; where that is not a real one, on another, or else on the CPU."""
     device = tensor.device if tensor.device.type != "meta" else instead or torch.device("cpu")
     device = torch.device("cpu") if device.type == "meta" else device
     return mode.make(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), device)

@@ -1,7 +1,7 @@
 """Guards against broken data: what ``isnan``, ``isinf`` and ``isfinite`` say where a model computes as it should.
 
 Flows in: calls of operators.  Flows out: the value of such a test, and whether the model's own code writes infinities
-into what is tested (as masks of attention do), so that the test is none of broken data.
+into what is tested (as masks of attention do), so that the test does not look for broken data.
 """
 
 from __future__ import annotations

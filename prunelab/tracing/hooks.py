@@ -58,7 +58,7 @@ Found = list[tuple[dict[Any, Any], str, dict[Any, Any]]]
 
 
 def dropped(*_: Any, **__: Any) -> None:
-    """Stand where a hook was that does not run."""
+    """Take the place of a hook that does not run."""
 
 
 class Traced:

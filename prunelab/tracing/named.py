@@ -29,7 +29,7 @@ def covered(
     Args:
         model: what the names are looked up in; a tensor with several names is covered by any of them.
         ignore: modules and names.
-        groups: other names that may stand there; they cover nothing here.
+        groups: other names that may be given there; they cover nothing here.
         error: what is raised.
 
     Raises:
@@ -53,6 +53,6 @@ def covered(
             raise error(f"ignore holds a {type(item).__name__} that is not part of the model {type(model).__name__}.")
         inside = [first[id(tensor)] for key, tensor in tensors if name == "" or f"{key}.".startswith(f"{name}.")]
         if not inside and name not in places and name not in groups:
-            raise error(f"ignore holds `{name}`, which is no module, parameter or group of {type(model).__name__}.")
+            raise error(f"ignore holds `{name}`, which is not a module, parameter or group of {type(model).__name__}.")
         found |= dict.fromkeys(inside, name)
     return found

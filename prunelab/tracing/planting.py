@@ -28,7 +28,7 @@ _LAYERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), ("num_features",)),
     "Embedding": ("embedding_dim",),
 }
-"""Sizes of PyTorch's own layers that models read; the rest of what those hold is none of a model's business."""
+"""Sizes of PyTorch's own layers that models read; models do not read the rest of what those hold."""
 
 _PRIVATE = frozenset(vars(nn.Module())) | {"training", "__dict__"}
 _NO_HOLDERS = (type, Tensor, nn.Module, Enum)

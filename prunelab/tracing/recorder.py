@@ -447,7 +447,7 @@ def is_parametric(dims: Dims) -> bool:
 
 
 def held_as(model: nn.Module, tensor: Tensor) -> str | None:
-    """Return the name of the attribute that holds a tensor which is no parameter and no buffer."""
+    """Return the name of the attribute that holds a tensor that is neither a parameter nor a buffer."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _STORES and any(part is tensor for part in tensors_of(value)):

@@ -42,7 +42,7 @@ from prunelab.tracing.rules_entries import (
 
 
 def matmul(call: Call) -> list[Dims]:
-    """``[…, n, k] @ […, k, m]``: the inner axes are one and the same, and disappear."""
+    """``[…, n, k] @ […, k, m]``: the inner axes are the same, and disappear."""
     names = {"mm": ("self", "mat2"), "bmm": ("self", "mat2")}.get(call.name)
     names = names or (("batch1", "batch2") if "batch1" in call.values else ("mat1", "mat2"))
     left, right = call.dims(names[0]), call.dims(names[1])

@@ -222,7 +222,7 @@ class _Described:
         return solved is not None
 
     def _choose(self, source: Expression, axis: Axis) -> bool:
-        """Let one attribute of several follow the axis, and the others stay as they are."""
+        """Let one attribute of several follow the axis, and leave the others unchanged."""
         unknown = self._unknown(source)
         for attribute in unknown:
             others: dict[Attribute, Poly] = {

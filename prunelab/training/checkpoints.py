@@ -3,8 +3,8 @@
     python -m prunelab.training resnet20
     python -m prunelab.training resnet32_wide --data cifar100 --recipe eigendamage --out baselines/
 
-trains one network, goes on where an interrupted run stopped, and writes its weights (safetensors, fp16) and beside them
-how they came about (JSON: recipe, seed, log, accuracies).
+trains one network, resumes an interrupted run, and writes its weights (safetensors, fp16) and beside them
+their history (JSON: recipe, seed, log, accuracies).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Distillation:
     the gradients.
 
     Args:
-        teacher: takes what the student takes; used in eval mode, without gradients, and left as it is.
+        teacher: takes what the student takes; used in eval mode, without gradients, and not changed.
         temperature: above 0.
         weight: of the teacher, in [0, 1].
 
@@ -40,7 +40,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise BudgetError(f"temperature={self.temperature!r} is no number above 0.")
+            raise BudgetError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
         if not 0 <= self.weight <= 1:
             raise BudgetError(f"weight={self.weight!r} is outside [0, 1].")
 

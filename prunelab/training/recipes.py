@@ -26,7 +26,7 @@ class Recipe:
     """How a network is trained: cross-entropy, crops and mirrors, and a learning rate that falls.
 
     Args:
-        epochs: passes over the images; of the last one only a part if this is no whole number.
+        epochs: passes over the images; of the last one only a part if this is not a whole number.
         lr: the highest learning rate.
         weight_decay: of every parameter.
         optimizer: ``"sgd"`` (Nesterov momentum 0.9), ``"momentum"`` (0.9, without Nesterov) or ``"adamw"``.
@@ -37,8 +37,8 @@ class Recipe:
         milestones: shares of the training after which the learning rate is divided by ten.
 
     Raises:
-        BudgetError: there is no such optimizer or decay, the epochs are not above 0, or the milestones are no rising
-            shares.
+        BudgetError: there is no such optimizer or decay, the epochs are not above 0, or the milestones are not
+            rising shares.
     """
 
     epochs: float
@@ -55,10 +55,10 @@ class Recipe:
             if getattr(self, name) not in known:
                 raise BudgetError(f"There is no {name} {getattr(self, name)!r}; there are {', '.join(known)}.")
         if not 0 < self.epochs < float("inf"):
-            raise BudgetError(f"epochs={self.epochs!r} is no number above 0.")
+            raise BudgetError(f"`epochs` must be a number above 0, got {self.epochs!r}.")
         ends = (0.0, *self.milestones, 1.0)
         if any(early >= late for early, late in pairwise(ends)):
-            raise BudgetError(f"milestones={self.milestones!r} are no rising shares between 0 and 1.")
+            raise BudgetError(f"`milestones` must be rising shares between 0 and 1, got {self.milestones!r}.")
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer for ``model``."""

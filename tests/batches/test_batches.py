@@ -269,7 +269,7 @@ LOSSES = {
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", FIRST_ORDER + SECOND_ORDER)
 def test_a_loss_must_be_one_number(kind, name, net, data):
-    with pytest.raises(pl.BatchError, match="The loss is no single number but"):
+    with pytest.raises(pl.BatchError, match="The loss is not a single number but"):
         scores(name, net, [data], data[0], loss=LOSSES[kind])
 
 

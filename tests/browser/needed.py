@@ -29,7 +29,7 @@ def keep_needed(book: NotebookNode, last: str) -> None:
     lines = {cell.id: [line for line in ast.parse(cell.source).body if _imports(line)] for cell in code}
     imported = {as_.asname or as_.name for found in lines.values() for line in found for as_ in line.names}
     functions = {f.name for cell in code for f in ast.parse(cell.source).body if isinstance(f, ast.FunctionDef)}
-    kept: set[str] = set()
+    kept = {cell.id for cell in code if any(map(_registers, ast.parse(cell.source).body))}
     missing: set[str] = set()
     while True:  # a function may call one that a later cell defines: what nobody above gives is looked for once more
         before, needed = len(kept), missing
@@ -73,6 +73,11 @@ def names(source: str) -> tuple[set[str], set[str], set[str]]:
         changed |= altered - given
         given |= bound
     return given, changed, read
+
+
+def _registers(statement: ast.stmt) -> bool:
+    """Tell whether a function is handed to a decorator, which may put it into a table."""
+    return isinstance(statement, ast.FunctionDef) and bool(statement.decorator_list)
 
 
 def _imports(statement: ast.stmt) -> TypeGuard[ast.Import | ast.ImportFrom]:

@@ -21,7 +21,7 @@ def padded(size, kernel, stride, padding):
     [
         (lambda size, kernel, stride, padding: torch.full((size,), float(kernel)), "at the edge"),
         (lambda *given: exercises._coverage(*given).clamp_max(1), "not how often"),
-        (lambda s, k, t, p: exercises._coverage(s + 2 * p, k, t, 0), "the padding is no pixel"),
+        (lambda s, k, t, p: exercises._coverage(s + 2 * p, k, t, 0), "padding is not a pixel"),
         (lambda s, k, t, p: exercises._coverage(s, k, 1, p), "`stride` pixels later"),
         (padded, "Go through the positions"),
     ],

@@ -87,7 +87,7 @@ def together(paths, first, second):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda p, a, b: not exercises._zero(p, a, b), "turned round"),
+        (lambda p, a, b: not exercises._zero(p, a, b), "reversed"),
         (lambda p, a, b: not together(p, a, b), "same layer is zero"),
         (lambda p, a, b: a == b or not any(exercises._neighbours(path, a, b) for path in p), "need not be neighbours"),
         (lambda p, a, b: a == b or not any(exercises._in_order(path, a, b) for path in p), "order of the two"),

@@ -21,7 +21,7 @@ from prunelab.errors import PruneLabError
         (lambda head, heads, d: range(head * d, head * d + d), "keys and values too"),
         (lambda head, heads, d: torch.arange(3 * d) * heads + head, "the middle one"),
         (lambda head, heads, d: [part * d + head * d + place for part in range(3) for place in range(d)], "apart"),
-        (lambda head, heads, d: torch.zeros(3 * d), "Row r is part"),
+        (lambda head, heads, d: torch.zeros(3 * d), "Row i is part"),
     ],
 )
 def test_mistakes_about_the_rows_of_a_head_are_explained(attempt, words):
@@ -31,7 +31,7 @@ def test_mistakes_about_the_rows_of_a_head_are_explained(attempt, words):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda old, new: (old / new) ** 0.5, "turned round"),
+        (lambda old, new: (old / new) ** 0.5, "inverted"),
         (lambda old, new: new / old, "square root"),
         (lambda old, new: new**-0.5, "new scale itself"),
         (lambda old, new: (new / old) ** 0.25, "queries alone"),

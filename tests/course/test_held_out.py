@@ -80,7 +80,7 @@ def check(function):
     [
         (lambda x: ..., 8, "Not written yet: the solution runs instead"),
         (lambda x: x + x, 8, "Right: twice"),
-        (lambda x: 3 * x, 8, "goes on with the solution"),
+        (lambda x: 3 * x, 8, "continues with the solution"),
         (lambda x: x / 0, 8, "ZeroDivisionError"),
     ],
 )

@@ -254,7 +254,7 @@ def test_bad_input_is_named(cnn, batches):
         pl.criteria.OBA(part="series")
     with pytest.raises(pl.BudgetError, match="part='series'"):
         pl.criteria.layer_pairs(cnn, batches, "series")
-    with pytest.raises(pl.PruneLabError, match="`4.weight` is no parameter"):
+    with pytest.raises(pl.PruneLabError, match="`4.weight` is not a parameter"):
         pl.criteria.layer_pairs(cnn, batches, names=["4.weight"])
     with pytest.raises(pl.BatchError, match="needs batches"):
         pl.criteria.OBA().elementwise(cnn, None)

@@ -129,7 +129,7 @@ def test_only_the_weights_that_may_go_do_and_all_others_compensate():
     removal = greedy(weights, damped_inverse(matrix), 2, among=among)
     assert min(removal.order) >= 5
     torch.testing.assert_close(removal.weights - weights, constrained_minimum(weights, matrix, list(removal.order))[0])
-    with pytest.raises(pl.BudgetError, match="4 were to go, of 3"):
+    with pytest.raises(pl.BudgetError, match="4 should go, but only 3 may"):
         greedy(weights, damped_inverse(matrix), 4, among=among)
 
 

@@ -128,7 +128,7 @@ def test_what_does_not_belong_together_does_not_add_up():
     full = collect(model, batches, {"kronecker"}, factor="full")
     with pytest.raises(BatchError, match=r"`0.weight` do not add up"):
         full + collect(model, batches, {"kronecker"})
-    with pytest.raises(BatchError, match="no state of this version's statistics: 'fisher' is missing"):
+    with pytest.raises(BatchError, match="not a state of this version's statistics: 'fisher' is missing"):
         Statistics.from_state_dict({"samples": 3})
     older = copy.deepcopy(full.state_dict())
     del older["meta"]["kronecker"]["0.weight"]["view"]
@@ -233,7 +233,7 @@ def test_bad_input_is_told():
     model, batches, targets = net(), split(4), torch.tensor([0, 1, 2, 0])
     with pytest.raises(BatchError, match="must be the plain mean over the samples"):
         collect(model, batches, {"moments"}, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
-    with pytest.raises(BatchError, match="no single number but a tensor of shape"):
+    with pytest.raises(BatchError, match="not a single number but a tensor of shape"):
         collect(model, batches, {"moments"}, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
     with pytest.raises(BatchError, match="The loss cannot take outputs"):
         collect(model, batches, {"grad"}, loss=lambda z, y: (z @ z).mean())

@@ -109,7 +109,7 @@ def test_the_model_stays_as_it_was_and_runs_in_eval_mode(batches):
 def test_what_cannot_be_is_refused(mlp, batches):
     with pytest.raises(pl.BudgetError, match="31 parameters has 961 entries; 30 .*max_parameters="):
         exact.hessian(mlp, batches, max_parameters=30)
-    with pytest.raises(pl.PruneLabError, match="`1.weight` is no parameter of Sequential"):
+    with pytest.raises(pl.PruneLabError, match="`1.weight` is not a parameter of Sequential"):
         exact.hessian(mlp, batches, names=["1.weight"])
     with pytest.raises(pl.BudgetError, match="kind='true'"):
         exact.fisher(mlp, batches, kind="true")

@@ -200,7 +200,7 @@ def test_bad_batches_and_losses_are_named(way, change, loss, message):
 def test_bad_directions_are_named():
     model, batches = make("in place")
     for vectors, message in (
-        ({"3.weight": torch.ones(1)}, "`3.weight` is no parameter of Sequential"),
+        ({"3.weight": torch.ones(1)}, "`3.weight` is not a parameter of Sequential"),
         ({"0.bias": torch.ones(4)}, "for `0.bias` has shape \\[4\\], the parameter \\[5\\]"),
         ({"0.bias": torch.ones(2, 5), "2.weight": torch.ones(3, 3, 5)}, "equally many"),
         ({}, "must be there"),

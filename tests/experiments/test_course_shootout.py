@@ -66,7 +66,7 @@ def test_every_parameter_of_the_notebook_is_checked():
         ({"method": "weights", "budget": "density", "criterion": "gate"}, "`gate` scores no single weights"),
         ({"method": "factorize"}, "needs criterion='eigendamage', not 'obd'"),
         ({"method": "factorize", "criterion": "eigendamage", "compensate": True}, "`compensate` refits layers"),
-        ({"options": "{fisher: mc}"}, "`options` is '{fisher: mc}', which is no JSON"),
+        ({"options": "{fisher: mc}"}, "`options` is '{fisher: mc}', which is not JSON"),
         ({"options": "[1]"}, "should be a JSON object"),
         ({"options": '{"fishr": "mc"}'}, "its options are"),
         ({"schedule": "cubik"}, "`schedule` is 'cubik', but should be one of"),

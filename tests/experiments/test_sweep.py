@@ -80,7 +80,7 @@ def test_a_file_says_the_same_and_knows_numbers_without_a_dot(tmp_path):
     ("text", "words"),
     [
         ("", "holds no keys"),
-        ("notebook: [", "is no YAML"),
+        ("notebook: [", "is not YAML"),
         ("notebook: tiny.ipynb\ngrid: {a: [1]}\ngrid: {a: [2]}", "'grid' comes twice"),
         ("notebook: tiny.ipynb\ngird: {a: [1]}", "The key `gird` is unknown: did you mean `grid`?"),
         ("notebook: 3\ngrid: {a: [1]}", "`notebook` is 3, but should be the path"),
@@ -107,7 +107,7 @@ def test_a_file_says_the_same_and_knows_numbers_without_a_dot(tmp_path):
         ("notebook: tiny.ipynb\ncases: [{a: 1}, {A: 2}]", "`cases[1].A` is unknown"),
         ("notebook: tiny.ipynb\ngrid: {result_path: [x]}", "`grid.result_path` is set by the sweep itself"),
         ("notebook: tiny.ipynb\ngrid: {a: [1, x]}", "`a` is 'x', but the notebook expects a whole number"),
-        ("notebook: tiny.ipynb\ngrid: {b: [.nan]}", "`b` is nan, which is no plain value"),
+        ("notebook: tiny.ipynb\ngrid: {b: [.nan]}", "`b` is nan, which is not a plain value"),
         ("notebook: tiny.ipynb\ngrid: {log: [2020-01-01]}", "`log` is datetime.date(2020, 1, 1)"),
         (
             "notebook: tiny.ipynb\ngrid: {a: [1]}\npublished: [{match: {aa: 1}, y: 1, source: s}]",
@@ -314,9 +314,9 @@ def test_what_is_no_grid_or_folder_is_named(tiny):
         pl.sweep(tiny.notebook, 3)
     with pytest.raises(GridError, match=r"out='tcp://[^']*' looks like the address of a scheduler: give scheduler="):
         pl.sweep(tiny.notebook, {"a": [1]}, "tcp://10.0.0.1:8786")
-    with pytest.raises(GridError, match=r"`workers` must be an integer from 0 on, got -1"):
+    with pytest.raises(GridError, match=r"`workers` must be an integer of at least 0, got -1"):
         pl.sweep(tiny.notebook, {"a": [1]}, workers=-1)
-    with pytest.raises(GridError, match="`limits.threads` is 0, but should be a whole number from 1 on"):
+    with pytest.raises(GridError, match="`limits.threads` is 0, but should be an integer of at least 1"):
         Limits(threads=0)
 
 

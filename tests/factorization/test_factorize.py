@@ -513,7 +513,7 @@ def test_a_note_that_does_not_fit_is_refused_and_the_model_stays():
         with pytest.raises(pl.PlanError, match=message):
             build(model, Factorized((*good.layers, wrong)))
     for text in ("{}", "[]", '{"action": "factorize"}', "nonsense"):
-        with pytest.raises(pl.PlanError, match="no factorisation"):
+        with pytest.raises(pl.PlanError, match="not a factorisation"):
             Factorized.from_json(text)
     assert [type(module) for module in model.modules()] == classes
 

@@ -416,7 +416,7 @@ def test_what_such_a_file_cannot_hold_is_an_error_before_anything_is_written(sma
             pl.save(wrong, path)
     cut = pl.apply(model, random_plan(model, inputs))
     cut.prunelab_plans[0] = dataclasses.replace(cut.prunelab_plans[0], inputs={"value": object()})
-    with pytest.raises(pl.DataError, match="made with a object among the example inputs, which is no plain data"):
+    with pytest.raises(pl.DataError, match="made with a object among the example inputs, which is not plain data"):
         pl.save(cut, path)
     assert not list(tmp_path.iterdir())
 

@@ -224,9 +224,9 @@ def test_strength_can_be_scheduled_and_options_are_checked():
     penalty.strength *= 2
     assert float(penalty.loss().detach()) == pytest.approx(2 * first)
     for wrong in (-1, float("nan"), True, "much"):
-        with pytest.raises(pl.BudgetError, match="strength="):
+        with pytest.raises(pl.BudgetError, match="`strength` must be"):
             GroupLasso(graph, wrong)
-    with pytest.raises(pl.BudgetError, match="alpha="):
+    with pytest.raises(pl.BudgetError, match="`alpha` must be"):
         DepGraphNorm(graph, alpha=-1)
     with pytest.raises(pl.PlanError, match="no group that GroupLasso could act on"):
         GroupLasso(pl.trace(nn.Sequential(nn.Linear(3, 4)), torch.randn(1, 3)))

@@ -192,15 +192,15 @@ def test_quality_compares_the_best_of_each_side_and_says_when_it_is_behind():
     assert "**80.0** (0.30)" in "\n".join(quality.markdown(rows))
     assert list(quality.best(rows))[2:] == [
         "| n | prunelab, compensated | 60.0 (gate) |",
-        "| n | prunelab, as it was cut | 20.0 (gate) |",
-        "| n | Torch-Pruning, as it was cut | 80.0 (Taylor) |",
+        "| n | prunelab, as cut | 20.0 (gate) |",
+        "| n | Torch-Pruning, as cut | 80.0 (Taylor) |",
     ]
 
 
-def test_batch_norms_are_measured_anew_on_what_is_given_and_the_cut_network_is_ready_for_a_test():
+def test_batch_norms_are_re_estimated_on_what_is_given_and_the_cut_network_is_ready_for_a_test():
     torch.manual_seed(0)
     batches = [(5 + 3 * torch.randn(8, 2, 4, 4), torch.zeros(8).long()) for _ in range(3)]
-    small = quality._anew(lambda share: nn.Sequential(nn.BatchNorm2d(2)), batches)(0.5)
+    small = quality._re_estimated(lambda share: nn.Sequential(nn.BatchNorm2d(2)), batches)(0.5)
     (norm,) = small
     assert not norm.training
     torch.testing.assert_close(norm.running_mean, torch.cat([x for x, _ in batches]).mean((0, 2, 3)))

@@ -63,7 +63,7 @@ def test_badges_and_setup_cells_follow_from_pyproject():
     known = address.published()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = address.BADGES.search(readme)
-    assert found, "README.md has lost the marks between which badges stand"
+    assert found, "README.md has lost the marks around the badges"
     assert found[0] == found[1] + address.badges(known) + found[2], "run `python binder/address.py ADDRESS`"
     assert setups(ROOT) == {known}
 

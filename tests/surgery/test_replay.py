@@ -133,7 +133,7 @@ def test_sizes_in_the_code_follow_the_cut(case: Case):
         assert error(graph(inputs), model(inputs)) > 1e-4
         for batch in (inputs, inputs[:1], torch.cat([inputs, inputs[:1]])):
             assert close(graph(batch), silent(batch))
-    assert type(model)().load_state_dict(model.state_dict()), "the model is as it was"
+    assert type(model)().load_state_dict(model.state_dict()), "the model is unchanged"
 
 
 def test_auto_cuts_the_class_where_it_can_and_says_why_where_not():

@@ -140,7 +140,7 @@ def test_small_images_of_two_sizes_are_an_error_that_names_the_file(own, tmp_pat
 def test_a_file_that_is_no_image_is_an_error_that_names_it(own):
     images = pl.data.get(own)
     (own / "val" / "dog" / "1.png").write_bytes(b"nonsense")
-    with pytest.raises(pl.DataError, match="1.png is no image that can be read"):
+    with pytest.raises(pl.DataError, match="1.png is not an image that can be read"):
         list(images.test)
 
 

@@ -111,9 +111,9 @@ def test_a_part_of_an_epoch_is_a_part_of_its_steps(mini):
     [
         ({"decay": "linear"}, "no decay 'linear'; there are cycle, steps"),
         ({"optimizer": "adam"}, "no optimizer 'adam'; there are sgd, momentum, adamw"),
-        ({"milestones": (0.5, 0.5)}, "no rising shares between 0 and 1"),
-        ({"epochs": 0}, "epochs=0 is no number above 0"),
-        ({"milestones": (0.5, 1.0)}, "no rising shares between 0 and 1"),
+        ({"milestones": (0.5, 0.5)}, "must be rising shares between 0 and 1"),
+        ({"epochs": 0}, "`epochs` must be a number above 0, got 0"),
+        ({"milestones": (0.5, 1.0)}, "must be rising shares between 0 and 1"),
     ],
 )
 def test_a_recipe_out_of_range_is_an_error(options, message):

@@ -78,7 +78,7 @@ def fine_tune(function: Callable[[nn.Module, Sequence[tuple[Tensor, Tensor]], fl
         "the learning rate does not fall: call `schedule.step()` after every batch": made(cosine=False),
         "there is no momentum; it is 0.9": made(momentum=0.0),
         "nothing was trained: `optimizer.step()` is missing": made(training=True, steps=False),
-        "the model is as it was": _flat(first),
+        "the model is unchanged": _flat(first),
     }
     for words, mistake in mistakes.items():
         if torch.allclose(answer, mistake):

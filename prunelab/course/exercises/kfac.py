@@ -37,7 +37,7 @@ def coverage_of(function: Callable[[int, int, int, int], Tensor]) -> Verdict:
         "it moves every patch on by one pixel; the next patch begins `stride` pixels later": (
             lambda size, kernel, stride, padding: _coverage(size, kernel, 1, padding)
         ),
-        "these are the counts of the padded image; the padding is no pixel, so leave it out": (
+        "these are the counts of the padded image; padding is not a pixel, so leave it out": (
             lambda size, kernel, stride, padding: _coverage(size + 2 * padding, kernel, stride, 0)
         ),
         "it says which pixels are seen, and not how often": (

@@ -226,7 +226,7 @@ def _zero(paths: Paths, first: str, second: str) -> bool:
 
 
 MISTAKES: dict[str, Callable[[Paths, str, str], bool]] = {
-    "it is turned round: the part is zero if there is no path through both": (
+    "it is reversed: the part is zero if there is no path through both": (
         lambda paths, first, second: not _zero(paths, first, second)
     ),
     "a path holds a layer once, as one factor: the second derivative in the same layer is zero": (

@@ -101,7 +101,7 @@ def _backwards(
     times: Callable[[Tensor], Tensor] = torch.square,
     total: bool = False,
 ) -> list[Tensor]:
-    """Return LeCun's recursion, or what comes of it if a square is left out or a sum taken for the mean."""
+    """Return LeCun's recursion, or the result if a square is left out or a sum taken for the mean."""
     found: list[Tensor] = []
     bend = top
     for place in reversed(range(len(weights))):

@@ -26,7 +26,7 @@ def _flip(loose: float) -> float:
 def factorial_variances(function: Callable[[Tensor, str], Tensor]) -> Verdict:
     """Check ``function(hessian, direction)``: variances ``[n]`` of the factorial Gaussian closest to N(w, H⁻¹).
 
-    ``direction`` is ``"reverse"``, KL(q‖p), or ``"forward"``, KL(p‖q).
+    ``direction`` is ``"reverse"``, KL(p̃‖p), or ``"forward"``, KL(p‖p̃).
     """
 
     def narrow(h: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def pair_cost(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> Verdict
 def flipping_correlation(function: Callable[[float], float]) -> Verdict:
     """Check ``function(loose)``: from which correlation on OBS removes the correlated weights first.
 
-    Two weights of size 1 have curvature 1 and correlation ρ in H; another one, also of size 1, stands alone with
+    Two weights of size 1 have curvature 1 and correlation ρ in H; another one, also of size 1, is alone, with
     curvature ``loose`` below 1.
     """
     mistakes: dict[str, Callable[[float], float]] = {

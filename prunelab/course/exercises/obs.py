@@ -94,7 +94,7 @@ def add_sample(function: Callable[[Tensor, Tensor, int], Tensor]) -> Verdict:
         "it adds where it should subtract: a sample makes H larger, and its inverse smaller": (
             lambda v, x, n: 2 * v - _add_sample(v, x, n)
         ),
-        "the sample enters with weight 1 instead of 1/N: N stands in the denominator in place of 1": (
+        "the sample enters with weight 1 instead of 1/N: put N in the denominator in place of 1": (
             lambda v, x, n: _add_sample(v, x, 1)
         ),
         "it leaves xᵀVx out of the denominator; that is right for a tiny sample only": (
@@ -140,7 +140,7 @@ def downdate(function: Callable[[Tensor, int], Tensor]) -> Verdict:
                 if place != q
             ]
         ),
-        "it blanks row and column of H before it inverts, which is no step of n² and no inverse either": (
+        "it blanks row and column of H before it inverts, which takes over n² steps and gives no inverse": (
             lambda v, q: torch.linalg.pinv(blank(v, q))
         ),
     }

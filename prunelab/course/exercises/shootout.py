@@ -96,7 +96,7 @@ def mean_ranks(function: Callable[[Tensor], Tensor]) -> Verdict:
         "that is the order of the methods, as argsort gives it, and not their ranks; sort twice": (
             lambda values: values.argsort(1, descending=True).double().mean(0) + 1
         ),
-        "equal values get different ranks, in the order in which they stand; they share the mean": (
+        "equal values get different ranks, in the order of the list; they share the mean": (
             lambda values: values.argsort(dim=1, descending=True, stable=True).argsort(1).double().mean(0) + 1
         ),
     }

@@ -20,7 +20,7 @@ def _rows(head: int, heads: int, d: int) -> Tensor:
 def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
     """Check ``function(head, heads, d)``: the rows of a head in a fused projection, ``[3 d]`` in ascending order."""
     mistakes: dict[str, Callable[..., Any]] = {
-        "these are 3·d neighbouring rows, as if all of a head stood together; the parts come first": (
+        "these are 3·d neighbouring rows, as if all rows of a head were neighbours; the parts come first": (
             lambda head, heads, d: head * 3 * d + torch.arange(3 * d)
         ),
         "these are its queries; the head has keys and values too": lambda head, heads, d: head * d + torch.arange(d),
@@ -43,7 +43,7 @@ def head_rows(function: Callable[[int, int, int], Tensor]) -> Verdict:
         _rows,
         mistakes,
         praise="three runs of d rows, one in the queries, one in the keys, one in the values.",
-        hint="Row r is part r // (heads·d), head r // d % heads, place r % d.",
+        hint="Row i is part i // (heads·d), head i // d % heads, place i % d.",
     )
 
 
@@ -55,7 +55,7 @@ def _query_factor(old: int, new: int) -> float:
 def query_factor(function: Callable[[int, int], float]) -> Verdict:
     """Check ``function(old, new)``: what the query rows that stay are multiplied by when heads become narrower."""
     mistakes: dict[str, Callable[..., Any]] = {
-        "it is turned round: the code divides by a smaller root than before, so the queries have to shrink": (
+        "it is inverted: the code divides by a smaller root than before, so the queries have to shrink": (
             lambda old, new: (old / new) ** 0.5
         ),
         "the scale holds the square root of the width": lambda old, new: new / old,

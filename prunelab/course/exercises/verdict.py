@@ -75,7 +75,7 @@ def solved_by(solution: Function) -> Callable[[Callable[[Function], Verdict]], E
 
 
 def written(function: Function, exercise: Exercise[Function]) -> Function:
-    """Return the function with which a notebook goes on: the reader's if it is right, else the solution.
+    """Return the function with which a notebook continues: the reader's if it is right, else the solution.
 
     What the checker found is shown, and so is whether the solution takes over.
 
@@ -95,7 +95,7 @@ def written(function: Function, exercise: Exercise[Function]) -> Function:
     if verdict.empty:
         print("Not written yet: the solution runs instead.")
         return exercise.solution
-    print(verdict if verdict else f"{verdict}\nThe notebook goes on with the solution.")
+    print(verdict if verdict else f"{verdict}\nThe notebook continues with the solution.")
     return function if verdict else exercise.solution
 
 
@@ -157,7 +157,7 @@ def compare(
         mistakes: what to tell the reader -> a function that makes this mistake; the first that gives the reader's
             answers in all cases is named.  Each must differ from the truth in one case at least.
         praise: what a right answer shows, in words.
-        hint: what to say of an answer that is none of the known mistakes.
+        hint: what to say of an answer that is not one of the known mistakes.
         rtol: how far an answer may be off, relative to the largest entry of the right one.
     """
 

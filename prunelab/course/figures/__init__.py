@@ -1,6 +1,6 @@
 """Figures: what a notebook shows, as functions from plain data to a matplotlib ``Figure``.
 
-Flows in: tables, scores, plans, images.  Flows out: figures that stand on their own; no pyplot, no global settings.
+Flows in: tables, scores, plans, images.  Flows out: self-contained figures; no pyplot, no global settings.
 ``style`` is the house's look; ``curves``, ``units`` and ``images`` serve every notebook; a module with a notebook's
 name draws what only that notebook shows.  ``widgets`` redraws them at a slider's move.
 """

@@ -50,7 +50,7 @@ def four_ways(scores: Mapping[str, np.ndarray], reference: str = "ggn") -> Figur
 def weight_and_curvature(
     weights: np.ndarray, curvatures: np.ndarray, weight: float, curvature: float
 ) -> tuple[Figure, str]:
-    """Draw one weight's parabola, and where it stands among the weights of a real layer; with a caption in words.
+    """Draw one weight's parabola, and its place among the weights of a real layer; with a caption in words.
 
     Args:
         weights: of the layer ``[n]``.

@@ -97,7 +97,7 @@ def in_words(group: Group, unit: int) -> str:
 
 
 def explained(graph: DependencyGraph, group: Group, unit: int) -> tuple[Figure, str]:
-    """Return the view of a group and the words for it; a unit that the group does not have stands for its last."""
+    """Return the view of a group and the words for it; a unit that the group does not have means its last."""
     unit = min(unit, group.size - 1)
     return group_view(graph, group, unit), in_words(group, unit)
 

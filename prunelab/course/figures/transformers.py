@@ -1,4 +1,4 @@
-"""Figures of ``13_transformers``: where heads stand in a fused projection, what each is worth, what goes first."""
+"""Figures of ``13_transformers``: where heads are in a fused projection, what each is worth, what goes first."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunelab.drawing.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, VERMILLION, axes_of, picture
 
 MARKS = [(BLUE, "o", "-"), (VERMILLION, "^", "--"), (GREEN, "D", "-."), (PURPLE, "v", ":"), (ORANGE, "s", "-")]
-"""Colour, marker and line for what is no criterion, in the order in which it comes."""
+"""Colour, marker and line for what is not a criterion, in order of appearance."""
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE])
 
 

@@ -19,7 +19,7 @@ def progress(items: Collection[Item], what: str) -> Iterator[Item]:
 
     Args:
         items: as many as ``len`` says.
-        what: what is being done, in a word or two, to stand before the bar.
+        what: what is being done, in a word or two, shown before the bar.
 
     >>> [2**bits for bits in progress(range(3), "counting")]
     [1, 2, 4]

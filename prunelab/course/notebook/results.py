@@ -1,4 +1,4 @@
-"""What a notebook found, handed on: one display that programs read, a JSON file, tables for people."""
+"""What a notebook found, published: one display that programs read, a JSON file, tables for people."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def publish_result(
         table: the results, one row per case.
         out: the file to write, in one step, ``{"name": …, "parameters": …, "columns": …, "table": rows}``; none if
             empty.
-        history: how the results came about, one row per stage; under ``"history"`` if there are any.
+        history: how the results were reached, one row per stage; under ``"history"`` if there are any.
 
     Raises:
         PruneLabError: the file cannot be written.

@@ -24,7 +24,7 @@ def run(
     A parameter ``result_path``, where the notebook has one, is set to a JSON file beside the copy.
 
     Args:
-        notebook: the notebook, which stays as it is.
+        notebook: the notebook, which is not changed.
         out: a folder; it is made if missing.
         parameters: by name, instead of the notebook's own values.
         timeout: seconds that any one cell may take.

@@ -27,7 +27,7 @@ def save(notebook: str | Path, *, timeout: int = 600) -> None:
 
     Raises:
         PruneLabError: a cell fails or writes to stderr, an output holds a path of this machine, or the notebook gets
-            larger than 600 kB; the file then stays as it was.
+            larger than 600 kB; the file is then unchanged.
     """
     path = existing(notebook)
     prepare_kernel()

@@ -261,4 +261,4 @@ OVERWRITING: dict[Callable[..., Any], int] = {
     F.leaky_relu: 2,
     F.hardtanh: 3,
 }
-"""Function -> where its `inplace` stands."""
+"""Function -> the position of its `inplace`."""

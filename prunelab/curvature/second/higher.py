@@ -30,14 +30,14 @@ def self_derivative(
     Cost: every order keeps the graph of the one before, so that time and memory about double with each.
 
     Args:
-        model: the network; left as it was.
+        model: the network; unchanged afterwards.
         batches: pairs ``(inputs, targets [B, …])``.
         order: k, from 1.
         loss: ``loss(outputs, targets)``, a mean over the samples.
 
     Raises:
         OptionError: the order is not a positive integer.
-        BatchError: the batches do not fit the model, the loss is no mean, or a derivative is not finite.
+        BatchError: the batches do not fit the model, the loss is not a mean, or a derivative is not finite.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(model.weight, 2.0)

@@ -57,7 +57,7 @@ def hessian_product(
     goes through in halves, so that memory stays below twice that of training on it.
 
     Args:
-        model: the network; left as it was.
+        model: the network; unchanged afterwards.
         batches: pairs ``(inputs, targets [B, …])``.
         vectors: parameter name -> direction, a tensor like the parameter, or ``[K, *shape]`` for K directions at once.
             Parameters that are not named are held fixed: H is the block of the named ones.
@@ -69,8 +69,8 @@ def hessian_product(
         The product, by the same names and in the same shapes as ``vectors``.
 
     Raises:
-        PruneLabError: a name is no parameter, or a vector does not have its shape.
-        BatchError: the batches do not fit the model, the loss is no mean, or a product is not finite.
+        PruneLabError: a name is not a parameter, or a vector does not have its shape.
+        BatchError: the batches do not fit the model, the loss is not a mean, or a product is not finite.
 
     Source: Pearlmutter 1994, *Fast Exact Multiplication by the Hessian*, by double backward.
 
@@ -153,7 +153,7 @@ def self_product(
     Cost: about two forward and backward passes for convolutions, three for attention.
 
     Args:
-        model: the network; left as it was.
+        model: the network; unchanged afterwards.
         batches: pairs ``(inputs, targets [B, …])``.
         loss: ``loss(outputs, targets)``, a mean over the samples.
         part: of the curvature: ``"exact"``, ``"functional"`` or ``"gauss_newton"``.
@@ -226,7 +226,7 @@ def _directions(model: nn.Module, vectors: Vectors) -> tuple[list[Tensor], bool]
     parameters, numbers, out = dict(model.named_parameters()), set(), []
     for name, vector in vectors.items():
         if name not in parameters:
-            raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}, so it has no direction.")
+            raise PruneLabError(f"`{name}` is not a parameter of {type(model).__name__}, so it has no direction.")
         parameter = parameters[name]
         batched = vector.dim() == parameter.dim() + 1
         if tuple(vector.shape[batched:]) != tuple(parameter.shape):
@@ -238,6 +238,6 @@ def _directions(model: nn.Module, vectors: Vectors) -> tuple[list[Tensor], bool]
         out.append((vector if batched else vector[None]).detach().to(parameter))
     if len(numbers) != 1 or numbers == {0}:
         raise PruneLabError(
-            f"Directions must be there, and equally many for each parameter; found {sorted(map(str, numbers))}."
+            f"Every parameter needs the same number of directions, at least one; found {sorted(map(str, numbers))}."
         )
     return out, None not in numbers

@@ -31,7 +31,7 @@ from prunelab.runtime.isolation import evaluating, replaced
 from prunelab.runtime.switches import undisturbed
 
 LINEAR_IN_PARAMETERS: dict[Callable[..., Any], int] = {F.linear: 1, F.batch_norm: 3, **dict.fromkeys(CONVOLUTIONS, 1)}
-"""Function -> where its weight stands among its arguments; the bias follows it."""
+"""Function -> the position of its weight among its arguments; the bias follows it."""
 
 
 @undisturbed()
@@ -48,15 +48,15 @@ def pair_matrix(
     Cost: one forward and backward pass over the data, and about as much again for every name.
 
     Raises:
-        PruneLabError: a name is no parameter of the model.
-        BatchError: the batches do not fit the model, the loss is no mean, or a number is not finite.
+        PruneLabError: a name is not a parameter of the model.
+        BatchError: the batches do not fit the model, the loss is not a mean, or a number is not finite.
         BudgetError: there is no such part.
     """
     check_part(part)
     named = dict(model.named_parameters())
     for name in names:
         if name not in named:
-            raise PruneLabError(f"`{name}` is no parameter of {type(model).__name__}.")
+            raise PruneLabError(f"`{name}` is not a parameter of {type(model).__name__}.")
     like = named[names[0]] if names else torch.zeros(())
     total, seen = torch.zeros(len(names), len(names), dtype=torch.float64), 0.0
     with evaluating(model):

@@ -35,8 +35,8 @@ class Term(NamedTuple):
     Attributes:
         name: of the parameter that the units scale.
         edge: where the gradient arrives.
-        values: what stands there, without what another parameter adds.
-        shape: in which the parameter's dimension stands against the values, from the right.
+        values: what is there, without what another parameter adds.
+        shape: that aligns the parameter's dimension with the values, from the right.
         layout: where the samples are.
         dim: of the parameter; ``None`` where all of its dimensions are in ``shape``.
         rows: which part of that dimension.
@@ -104,7 +104,7 @@ class UnitSlopes:
         one forward pass, and a backward pass per output without gradients of weights.
 
         Raises:
-            BatchError: the model cannot take the inputs, or the loss the outputs; it is no mean or not convex.
+            BatchError: the model cannot take the inputs, or the loss the outputs; it is not a mean or not convex.
         """
         outputs, terms = self._forward(batch)
         if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != batch.size:
@@ -193,7 +193,7 @@ class UnitSlopes:
 
 
 def _shape(values: Tensor, last: bool) -> tuple[int, ...]:
-    """Return the shape in which one number per channel stands against values, whose channels may come last."""
+    """Return the shape that aligns one number per channel with values, whose channels may come last."""
     return (values.shape[-1],) if last else (values.shape[1], *(1 for _ in values.shape[2:]))
 
 

@@ -84,7 +84,7 @@ def output_gradients(outputs: Any, batch: Batch) -> tuple[list[Tensor], list[Ten
         batch: whose they are.
 
     Raises:
-        BatchError: the loss cannot take the outputs, or is no mean.
+        BatchError: the loss cannot take the outputs, or is not a mean.
     """
     flat, structure = tree_flatten(outputs)
     cut = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in flat]

@@ -63,7 +63,7 @@ def collect(
         The statistics; ``a + b`` of two collections are those of one over both.
 
     Raises:
-        BatchError: the batches do not fit the model, the loss is no mean over samples, or something is not finite.
+        BatchError: the batches do not fit the model, the loss is not a mean over samples, or something is not finite.
         OptionError: an option is not one of those above.
 
     Example:

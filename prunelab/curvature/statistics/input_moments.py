@@ -124,7 +124,7 @@ def summed(call: LayerCall, over: str, taps: int = 1) -> Tensor:
 def consumers(graph: DependencyGraph) -> dict[str, int]:
     """Return the parameters that consume units of some group, with how many inputs each channel of theirs has.
 
-    That is one, except where a layer consumes a flattened image: then the positions of a channel stand together.
+    That is one, except where a layer consumes a flattened image: then the positions of a channel are neighbours.
     """
     found = {}
     for member in (member for group in graph.groups for member in group.members if member.role == "consumes"):
@@ -145,7 +145,7 @@ def matrix(layer: Layer, weight: Tensor) -> Tensor:
 def columns(call: LayerCall, keep: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what the matrix of a call multiplies, over its batch and all positions, and the constant one.
 
-    In chunks ``[groups, n, columns]`` and ``[1]``; the columns stand in the order of the output, samples outermost.
+    In chunks ``[groups, n, columns]`` and ``[1]``; the columns are in the order of the output, samples outermost.
     ``keep`` (int64) takes these input channels only, without groups.
     """
     x = as_float(call.input)

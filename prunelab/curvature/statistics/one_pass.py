@@ -153,7 +153,7 @@ class _Tape:
             del self.calls[place]
 
     def backward(self, outputs: Any, fisher: str, seed: int, first: int) -> None:
-        """Send every column of the Fisher back once, and the slope of the loss if it is none of them."""
+        """Send every column of the Fisher back once, and the slope of the loss if it is not one of them."""
         if not self.sloping and not self.squaring:
             return
         parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -183,7 +183,7 @@ class _Tape:
         for missed, _ in self.calls.values() if sent else ():  # a loss without any curvature sends nothing back
             raise BatchError(
                 f"No gradient arrived at the layer of `{missed.weight}`, though one did in a probe of some samples: "
-                "its input requires the gradient of something that is no parameter of the model."
+                "its input requires the gradient of something that is not a parameter of the model."
             )
 
     def _slopes(self, parameters: Mapping[str, Tensor], found: Sequence[Tensor | None]) -> None:

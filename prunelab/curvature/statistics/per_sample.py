@@ -152,7 +152,7 @@ def _times_plain(call: LayerCall, layout: Layout, gradients: Tensor) -> Callable
 
 
 def _place(call: LayerCall, weight: Tensor, gradients: Tensor) -> tuple[int, ...]:
-    """Return the shape in which the call's bias, or its norm's weight, stands against its output."""
+    """Return the shape that aligns the call's bias, or its norm's weight, with its output."""
     if call.kind == "linear":
         return (gradients.shape[-1],)
     if call.kind == "last_norm":

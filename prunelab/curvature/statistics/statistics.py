@@ -178,7 +178,7 @@ class Statistics:
             return cls(**named, total=state.get("total"))
         except (KeyError, TypeError, AttributeError) as error:
             raise BatchError(
-                f"This is no state of this version's statistics: {error} is missing. Collect them again."
+                f"This is not a state of this version's statistics: {error} is missing. Collect them again."
             ) from error
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:

@@ -36,7 +36,7 @@ LAYERS: dict[Callable[..., Any], tuple[str, int, tuple[str, ...]]] = {
     F.conv_transpose3d: ("conv_transpose", 1, _TRANSPOSED),
 }
 
-# Products with a matrix, which are linear layers written by hand: function -> where input, weight and bias stand.
+# Products with a matrix, which are linear layers written by hand: function -> the positions of input, weight and bias.
 PRODUCTS: dict[Callable[..., Any], tuple[int, int, int | None]] = {
     torch.matmul: (0, 1, None),
     torch.mm: (0, 1, None),
@@ -60,7 +60,7 @@ class LayerCall:
         rows: which rows (dimension 0) of that parameter this call used; all, unless it took a slice.
         bias: name of the bias, if there is one and it is a parameter.
         kind: ``"linear"``, ``"conv"`` or ``"conv_transpose"``: what is computed.
-        view: how its weight is laid out; of parameters that are no layer's (see ``ParameterCalls``) it says nothing.
+        view: how its weight is laid out; of parameters outside layers (see ``ParameterCalls``) it says nothing.
         input: what the layer was given: ``[..., in]``, or ``[N, in, *space]``.
         output: what it gave; ``None`` as long as the call has not run.
         stride: one number per spatial dimension; empty for ``"linear"``.

@@ -84,8 +84,8 @@ class Routes:
         layout = self.layouts[place]
         if layout is not None and call.output is not None and layout.samples(call.output) != samples:
             raise BatchError(
-                f"`{call.weight}` gave {list(call.output.shape)} for {samples} samples: dimension {layout.dim} is no "
-                f"multiple of {layout.before * layout.after}."
+                f"`{call.weight}` gave {list(call.output.shape)} for {samples} samples: dimension {layout.dim} is not "
+                f"a multiple of {layout.before * layout.after}."
             )
         return layout
 

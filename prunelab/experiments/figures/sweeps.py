@@ -55,7 +55,7 @@ def pareto(points: pd.DataFrame, x: str, y: str, *, title: str = "", mark: tuple
 def looks(names: Sequence[str]) -> list[tuple[str, str, str, str, bool]]:
     """Return name, colour, marker, line and whether marks are filled, of each method.
 
-    What stands before a comma is its criterion, whose colour and marker it has; the shortest name of a criterion has
+    The part before a comma is its criterion, whose colour and marker it has; the shortest name of a criterion has
     filled marks, the others open ones and lines of their own.
     """
     criteria = {name: name.split(",")[0] for name in names}

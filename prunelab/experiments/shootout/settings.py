@@ -144,12 +144,12 @@ class Settings:
         """Return the criterion with its options.
 
         Raises:
-            PruneLabError: the options are no JSON object, or unknown.
+            PruneLabError: the options are not a JSON object, or unknown.
         """
         try:
             options = json.loads(self.options or "{}")
         except ValueError as error:
-            raise PruneLabError(f"`options` is {self.options!r}, which is no JSON ({error}).") from error
+            raise PruneLabError(f"`options` is {self.options!r}, which is not JSON ({error}).") from error
         if not isinstance(options, dict):
             raise PruneLabError(f'`options` is {self.options!r}, but should be a JSON object such as {{"p": 1}}.')
         return criteria.get(self.criterion, **options)

@@ -1,4 +1,4 @@
-"""Sweeps: a notebook run over a grid of parameters, on one machine or a cluster, and reports on what came of it.
+"""Sweeps: a notebook run over a grid of parameters, on one machine or a cluster, and reports on the results.
 
 Flows in: a notebook and a grid (``grid``).  Flows out: a folder of results (``sweep``), tables, figures, a ranking and
 a page (``report``).  ``pl.sweep`` and ``python -m prunelab sweep`` start one; Dask is imported only then.

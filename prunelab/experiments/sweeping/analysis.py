@@ -3,7 +3,7 @@
 Flows in: the table of a sweep, finished or not.  Flows out: tables.
 
 A *method* is a criterion with whatever else was varied for it; a *case* is a network, a data set and a budget, in which
-methods stand side by side; runs of one method in one case differ by their seed.
+methods are side by side; runs of one method in one case differ by their seed.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Limits:
                 if not number or not value > low:
                     raise GridError(f"`limits.{name}` is {value!r}, but should be a number above {low}.")
             elif type(value) is not int or value < low:
-                raise GridError(f"`limits.{name}` is {value!r}, but should be a whole number from {low} on.")
+                raise GridError(f"`limits.{name}` is {value!r}, but should be an integer of at least {low}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the limits as plain data."""
@@ -76,7 +76,7 @@ class Grid:
         grid: parameter -> its values; every combination is a job.
         cases: parameters of some jobs; each case goes with every combination of ``grid``, whose values it replaces
             where both name a parameter.  A list of values within a case is one more list to combine.
-        published: numbers of others to stand beside ours: ``{"match": {parameter: value}, metric: value, "source": …}``
+        published: numbers of others to show next to ours: ``{"match": {parameter: value}, metric: value, "source": …}``
         limits: of each job.
         source: where the grid is from, for messages.
     """
@@ -125,7 +125,7 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file; its ``notebook:`` is a path from the file's own folder, by default ``15_shootout``.
 
     Raises:
-        GridError: the file is no grid; the message names file and key.
+        GridError: the file is not a grid; the message names file and key.
     """
     file = Path(path)
     try:
@@ -137,7 +137,7 @@ def read_grid(path: str | Path) -> Grid:
     except OSError as error:
         raise GridError(f"{file} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise GridError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
+        raise GridError(f"{file} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(given, dict):
         raise GridError(f"{file} holds no keys; it may have {', '.join(KEYS)}.")
     problems = unknown([str(key) for key in given], list(KEYS))
@@ -255,7 +255,7 @@ def _published(source: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         place = f"{source}: `published[{number}]`"
         if not isinstance(row.get("match"), dict) or not row["match"]:
-            raise GridError(f"{place} has no `match`: the parameters that it is to stand beside.")
+            raise GridError(f"{place} has no `match`: the parameters of the results that it is shown next to.")
         if not isinstance(row.get("source"), str):
             raise GridError(f"{place} has no `source`: paper, table and page.")
         metrics = {key: value for key, value in row.items() if key not in ("match", "source")}

@@ -68,7 +68,7 @@ def prepared(grid: Grid, version: str | None = None) -> Prepared:
 
     Args:
         grid: what to run.
-        version: stands for the package in ``depends``; by default its version and the hash of its sources.
+        version: represents the package in ``depends``; by default its version and the hash of its sources.
 
     Raises:
         GridError: a parameter is misspelt or of the wrong kind; the message names all of them.
@@ -133,7 +133,7 @@ def _check_values(grid: Grid, jobs: list[dict[str, Any]], kinds: Mapping[str, Ma
             try:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError):
-                problems[name, repr(value)] = f"is {value!r}, which is no plain value"
+                problems[name, repr(value)] = f"is {value!r}, which is not a plain value"
     if problems:
         raise GridError("\n".join(f"{grid.source}: `{name}` {said}." for (name, _), said in problems.items()))
 

@@ -1,4 +1,4 @@
-"""A notebook executed in a kernel of its own, which is killed when it takes too long or too much memory.
+"""A notebook executed in a separate kernel, which is killed when it takes too long or too much memory.
 
 Flows in: the text of a notebook, parameters, limits.  Flows out: an executed copy, and what it took; or a ``Failure``.
 It runs on the workers of a sweep, which import nothing of prunelab: what it needs comes along, or is imported inside.
@@ -125,7 +125,7 @@ def memory_of(pid: int) -> int:
 
 
 def kill(pid: int) -> None:
-    """Kill a process and those that descend from it; it is no error if they are gone."""
+    """Kill a process and those that descend from it; it is not an error if they are gone."""
     import psutil
 
     for process in family(pid):

@@ -1,4 +1,4 @@
-"""What a report looks like: a page that stands on its own, and a summary in Markdown.
+"""What a report looks like: a self-contained page, and a summary in Markdown.
 
 Flows in: ``Findings``.  Flows out: HTML and Markdown, from the templates ``page.html`` and ``page.md``.
 """

@@ -1,4 +1,4 @@
-"""The folder of a sweep, read back: which jobs there are, what came of each, one tidy table.
+"""The folder of a sweep, read back: which jobs there are, the result of each, one tidy table.
 
 Flows in: a folder, of a sweep that is finished or not.  Flows out: tables.
 """

@@ -1,6 +1,6 @@
 """The report of a sweep, finished or not: tables, figures, a ranking, a page, a notebook.
 
-Flows in: the folder of a sweep.  Flows out: a folder of files that stand on their own.
+Flows in: the folder of a sweep.  Flows out: a folder of self-contained files.
 
 - ``table.csv``, ``table.parquet``: one row per result, as ``records.table`` has it;
 - ``compared.csv``: those that are done, with their method and case; ``means.csv``: means over seeds;

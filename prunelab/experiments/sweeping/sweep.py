@@ -67,7 +67,7 @@ def sweep(
         limits: ``minutes``, ``memory_gb``, ``retries``, ``gpus``, ``threads`` of each job, see ``Limits``.
         workers: processes on this machine, by default one per GPU or core; 0 runs one job after the other in this
             process, without Dask.
-        by_version: let results stand that other sources of the same version of prunelab have made.
+        by_version: accept results that other sources of the same version of prunelab have made.
         command: what to note as the command that made the results; by default that of this process.
         progress: show a progress bar, and say where the dashboard is.
 
@@ -95,7 +95,7 @@ def sweep(
     if ADDRESS.match(str(out or "")):
         raise GridError(f"out={str(out)!r} looks like the address of a scheduler: give scheduler={str(out)!r}.")
     if workers is not None and (type(workers) is not int or workers < 0):
-        raise GridError(f"`workers` must be an integer from 0 on, got {workers!r}.")
+        raise GridError(f"`workers` must be an integer of at least 0, got {workers!r}.")
     import prunelab
 
     ready = prepared(made, prunelab.__version__ if by_version else None)
@@ -196,7 +196,7 @@ def _run(
         left = len(_missing(ready.jobs, folders, by_version)[0])
         said = str(stop) or "Stopped."
         kept = (
-            f"{len(ready.jobs) - left} of {len(ready.jobs)} jobs are done and kept in {folder}: call it again to go on."
+            f"{len(ready.jobs) - left} of {len(ready.jobs)} jobs are done and kept in {folder}: call again to resume."
         )
         raise PruneLabError(f"{said} {kept}") from stop
     finally:

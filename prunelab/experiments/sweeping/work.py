@@ -27,7 +27,7 @@ from prunelab.experiments.sweeping.kernel import Failure, annotate, execute, res
 from prunelab.files.atomic import replacing
 
 RECORD, NOTEBOOK, RESULT = "job.json", "notebook.ipynb", "result.json"
-"""Files of a job's folder: what came of it, the executed notebook, and what that published."""
+"""Files of a job's folder: its record, the executed notebook, and what that published."""
 ATTEMPT = ".attempt-"
 """How the folders begin in which a job is executed."""
 
@@ -106,7 +106,7 @@ def _attempt(job: dict[str, Any], place: Path, devices: list[str]) -> dict[str, 
         result = result_of(copy, published)
         rows = [dict(row) for row in result["table"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure("error", f"what it published is no result of prunelab: {error!r}") from None
+        raise Failure("error", f"what it published is not a result of prunelab: {error!r}") from None
     return {"peak_memory_gb": round(peak, 3), "gpus": len(devices), "result": {**result, "table": rows}}
 
 

@@ -30,7 +30,7 @@ def fitting(x: Tensor, sizes: tuple[int | None, ...], name: str, least: int) -> 
 
 
 def same(value: Any, wanted: Any, name: str) -> None:
-    """Check an argument that is no tensor: the recorded operators depend on it.
+    """Check an argument that is not a tensor: the recorded operators depend on it.
 
     Raises:
         BatchError: it has another value.

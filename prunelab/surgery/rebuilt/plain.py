@@ -24,7 +24,7 @@ HARMLESS |= {"correction", "memory_format", "divisor_override", "axis", "ch_axis
 HARMLESS |= {"interpolation_mode", "padding_mode", "pooled_height", "pooled_width", "sampling_ratio", "normalization"}
 HARMLESS |= {"last_dim_size", "offset", "dim1", "dim2", "expand1", "expand2", "expand3", "sumdim", "unroll_dim"}
 HARMLESS |= {"compute_mode", "low", "high", "zero_point"}
-"""Integers that stay as they are when channels are cut: places, and sizes in space."""
+"""Integers that do not change when channels are cut: places, and sizes in space."""
 
 UNKNOWN = {"new_empty_strided", "empty_strided"}
 """Operators whose integers follow the layout in memory."""

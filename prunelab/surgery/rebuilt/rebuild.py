@@ -81,7 +81,7 @@ def replay(model: nn.Module, plan: Plan, compensate: How = None, *, check: bool 
     be done there is a warning, and other sizes than the plan's are an error when the module is called.
 
     Args:
-        model: the model that the plan was made for; it stays as it is.
+        model: the model that the plan was made for; it is not changed.
         plan: what goes.
         compensate: as for ``apply``.
         check: as for ``apply``.
@@ -183,7 +183,7 @@ def _skeleton(model: nn.Module, builder: Builder, refitted: Mapping[str, Tensor]
 
 
 class _Rehearsal(fx.Interpreter):
-    """Runs the graph on tensors without data and holds every result against its shape."""
+    """Runs the graph on tensors without data and compares every result with its shape."""
 
     def __init__(self, module: nn.Module, shapes: dict[str, tuple[int, ...] | None]) -> None:
         super().__init__(module)

@@ -1,4 +1,4 @@
-"""Which numbers on a tape follow the inputs: the same model recorded at other sizes, and held against the first.
+"""Which numbers on a tape follow the inputs: the same model recorded at other sizes, and compared with the first.
 
 Flows in: a model, inputs, and its tape.  Flows out: tapes of the same calls at other sizes and in another type, and one
 list of rows in which whatever is not the same on all of them is ``Varying``.

@@ -1,6 +1,6 @@
 """The tape as plain data: every operator a model calls on tensors without data, with arguments that refer to results.
 
-Flows in: a model and a description of its inputs, of any batch size.  Flows out: a ``Tape`` that can be held against
+Flows in: a model and a description of its inputs, of any batch size.  Flows out: a ``Tape`` that can be compared with
 the tape of the same model on other inputs, and replayed (``replay``).
 """
 
@@ -26,7 +26,7 @@ from prunelab.tracing.known import Known, asks
 from prunelab.tracing.recorder import named_tensors, tensors_in
 
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-"""In eval mode these call no operator; the tape marks where they stand."""
+"""In eval mode these call no operator; the tape marks where they are."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tape:
 
     Attributes:
         rows: the calls.
-        inputs: path of a leaf of the inputs -> its ``torch.Size``, or its value if it is no tensor.
+        inputs: path of a leaf of the inputs -> its ``torch.Size``, or its value if it is not a tensor.
         types: path -> type of every tensor among them.
         result: what the model returned, flat, with ``Ref`` for tensors; ``spec`` tells how it was nested.
         constants: tensors with data that the code holds apart from parameters and buffers.

@@ -3,11 +3,11 @@
 A layer y = W u loses the columns R of W, since the units that made u_R go.  The columns K that stay, bias included, are
 refitted so that its output on the calibration data changes least:
 
-    Δ = argmin E‖W_R u_R − Δ u_K‖² + tr(Δ Λ Δᵀ) = W_R C_RK (C_KK + Λ)⁻¹,     C = E[u uᵀ],  Λ = damping · diag(C_KK),
+    Δ = argmin E‖W_R u_R − Δ u_K‖² + tr(Δ D Δᵀ) = W_R C_RK (C_KK + D)⁻¹,     C = E[u uᵀ],  D = damping · diag(C_KK),
 
 and W_K + Δ takes the place of W_K.  It is the update of the optimal brain surgeon for the layer's squared error, for
 all removed columns at once.  On the producers' side the same is done with rows: with the Fisher F ≈ S ⊗ A, rows R go
-and the rows J that stay become W_J + (S_JJ + Λ)⁻¹ S_JR W_R.
+and the rows J that stay become W_J + (S_JJ + D)⁻¹ S_JR W_R.
 
 Flows in: the whole model, what stays of it, and statistics or batches.  Flows out: new values of weights, which surgery
 then cuts.  Notebook 11_compensation derives it.

@@ -3,7 +3,7 @@
 The layers are refitted from the input on.  Each is fitted to the outputs y of the whole model, on the inputs u that it
 gets once everything before it is cut and refitted:
 
-    W = argmin E‖y − W u‖² + tr((W − W_K) Λ (W − W_K)ᵀ) = W_K + (E[y uᵀ] − W_K E[u uᵀ]) (E[u uᵀ] + Λ)⁻¹.
+    W = argmin E‖y − W u‖² + tr((W − W_K) D (W − W_K)ᵀ) = W_K + (E[y uᵀ] − W_K E[u uᵀ]) (E[u uᵀ] + D)⁻¹.
 
 The work is done on the silenced network, which computes what the cut one does and has the shapes of the whole one.
 

@@ -27,10 +27,10 @@ DEPENDENT = "the inputs that stay are linearly dependent: raise damping"
 def ridge(
     moment: Tensor, residual: Tensor, damping: float | None, count: float, *, constant: bool = False
 ) -> Tensor | None:
-    """Return ``Δ = residual (moment + Λ)⁻¹``; ``None`` if that matrix is singular.
+    """Return ``Δ = residual (moment + D)⁻¹``; ``None`` if that matrix is singular.
 
-    Λ is diagonal, damping times the second moment of each input, but no less than that of the upper quartile: an input
-    that is hardly ever other than zero would get a large weight by chance.  By default the damping is 0.01 + k / 2N for
+    D is diagonal, damping times the second moment of each input, but no less than that of the upper quartile: an input
+    that is almost always zero would get a large weight by chance.  By default the damping is 0.01 + k / 2N for
     k unknowns and a moment over N columns: the fewer columns there are, the more of what they show is chance.
 
     Args:
@@ -42,7 +42,7 @@ def ridge(
     """
     damping = 0.01 + len(moment) / (2 * count) if damping is None else damping
     own = moment.diagonal()
-    own = own.masked_fill(own == 0, 1)  # nothing is known of such an input, and its weights stay as they are
+    own = own.masked_fill(own == 0, 1)  # nothing is known of such an input, so its weights stay
     level = own.clone()
     inputs = level[: len(level) - constant]
     inputs.clamp_(min=inputs.quantile(0.75))
@@ -80,7 +80,7 @@ def refit_consumers(
     damping: float | None,
     tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return new weights and biases of all layers that lose columns, and those left as they are, with the reason.
+    """Return new weights and biases of all layers that lose columns, and those left unchanged, with the reason.
 
     Raises:
         BatchError: the moments are of another model.
@@ -183,7 +183,7 @@ def refit_producers(
     damping: float | None,
     tied: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return new rows of all layers that lose some: ``W_J + (S_JJ + Λ)⁻¹ S_JR W_R``, biases included.
+    """Return new rows of all layers that lose some: ``W_J + (S_JJ + D)⁻¹ S_JR W_R``, biases included.
 
     Removing row i alone moves row j by ``−[S⁻¹]_ji / [S⁻¹]_ii · w_i``; the block formula removes all of R at once.
     """
