@@ -76,7 +76,9 @@ def names(source: str) -> tuple[set[str], set[str], set[str]]:
 
 
 def _registers(statement: ast.stmt) -> bool:
-    """Tell whether a function is handed to a decorator, which may put it into a table."""
+    """Tell whether a statement puts something into a table that cells above read: by a decorator, or onto a constant."""
+    if isinstance(statement, ast.AugAssign):
+        return isinstance(statement.target, ast.Name) and statement.target.id.isupper()
     return isinstance(statement, ast.FunctionDef) and bool(statement.decorator_list)
 
 
