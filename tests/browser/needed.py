@@ -76,7 +76,7 @@ def names(source: str) -> tuple[set[str], set[str], set[str]]:
 
 
 def _registers(statement: ast.stmt) -> bool:
-    """Tell whether a statement puts something into a table that cells above read: by a decorator, or onto a constant."""
+    """Tell whether a statement puts something into a table that cells above read: by a decorator, or with ``|=``."""
     if isinstance(statement, ast.AugAssign):
         return isinstance(statement.target, ast.Name) and statement.target.id.isupper()
     return isinstance(statement, ast.FunctionDef) and bool(statement.decorator_list)
