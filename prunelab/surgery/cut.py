@@ -5,6 +5,7 @@ Flows in: a model, its trace and what stays.  Flows out: the same model, smaller
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,7 @@ from prunelab.plans import PLANS, Plan
 from prunelab.runtime.isolation import copied
 from prunelab.runtime.switches import uncollected
 from prunelab.surgery.agreement import example_for
+from prunelab.surgery.config import follow, is_configured
 from prunelab.surgery.constants import ScaleFix, scale_fixes
 from prunelab.surgery.integers import compare_integers
 from prunelab.surgery.layers import free
@@ -37,8 +39,9 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
         PlanError: the plan does not fit the model, or the cut model would not compute what the plan says.
     """
     touched = {name for part in plan.cuts for name, _ in part.members}
+    config = copy.deepcopy(model.config) if is_configured(model) else None
     with uncollected:  # a tenth of a cut: tens of thousands of objects are made, and needed to the end
-        graph, kept, fixes = _rehearsed(model, plan, touched)
+        graph, kept, fixes, after = _rehearsed(model, plan, touched)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
         target = free(fakes.forget(copied(model)), touched)
@@ -48,13 +51,17 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
         fresh = {} if compensate is None else make_up(model, plan, graph, kept, compensate)
         target = free(fakes.forget(model if inplace else copied(model)), touched)
         cut_down(target, graph, kept, fixes, fresh)
+    if config is not None:
+        follow(target, config, after, fakes.recall_inputs(plan.inputs))
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     warn_of_unused(model, graph, kept.size)
     return target
 
 
-def _rehearsed(model: nn.Module, plan: Plan, touched: set[str]) -> tuple[DependencyGraph, Kept, tuple[ScaleFix, ...]]:
-    """Cut a fake copy, and trace what is left: how the whole one was traced, what stays, what is to be scaled."""
+def _rehearsed(
+    model: nn.Module, plan: Plan, touched: set[str]
+) -> tuple[DependencyGraph, Kept, tuple[ScaleFix, ...], DependencyGraph]:
+    """Cut a fake copy; return the trace before, what stays, what is to be scaled, and the trace of what is left."""
     rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
     graph, kept = open_plan(rehearsal, plan)
     cut_down(rehearsal, graph, kept, ())
@@ -64,7 +71,7 @@ def _rehearsed(model: nn.Module, plan: Plan, touched: set[str]) -> tuple[Depende
         raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
     pairs = compare(graph, after, kept.size)
     compare_integers(graph, after, kept, pairs)
-    return graph, kept, scale_fixes(graph, kept.size, pairs)
+    return graph, kept, scale_fixes(graph, kept.size, pairs), after
 
 
 def cut_down(
