@@ -370,6 +370,20 @@ class Quantized(nn.Module):
         return torch.randn(2, 3, 6, 6)
 
 
+class Experts(nn.Module):
+    """Rows are computed with one of three matrices each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, WIDTH, WIDTH))
+        self.register_buffer("ends", torch.tensor([2, 3, 6], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._grouped_mm(x, self.matrices, offs=self.ends)
+
+
+if hasattr(torch, "_grouped_mm"):  # from PyTorch 2.8 on
+    OPERATORS.append(Operator("_grouped_mm", lambda: Between(Experts(), 0, WIDTH, (6,)), groups=2, dtype=torch.float32))
 whole("mm addmm", lambda: Weighted(lambda: nn.Linear(WIDTH, 6, bias=False)), groups=2)
 rows("bmm baddbmm", lambda x, _: torch.baddbmm(x, x @ x.transpose(1, 2), x), shape=(2, 3))
 whole("_safe_softmax", lambda: Weighted(lambda: Attend(True)), groups=5)

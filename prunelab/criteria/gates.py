@@ -27,7 +27,8 @@ from prunelab.tracing.trace import DependencyGraph
 _PRODUCTS = (
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution matmul "
     "__matmul__ __rmatmul__ bmm mm mv dot vdot inner addmm addmv baddbmm addbmm einsum bilinear deform_conv2d "
-    "scaled_dot_product_attention lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+    "scaled_dot_product_attention lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
+    "grouped_mm _grouped_mm"
 )
 PRODUCTS = frozenset(_PRODUCTS.split())
 """Functions that are linear in each of the tensors that they multiply, so that a gate on one of them is enough."""

@@ -68,7 +68,8 @@ def _rehearsed(
     try:
         after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
     except TraceError as error:
-        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}") from error
+        aligned = " Its kernel wants such widths: plan with round_to=8." if "multiple of 16 bytes" in str(error) else ""
+        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}{aligned}") from error
     pairs = compare(graph, after, kept.size)
     compare_integers(graph, after, kept, pairs)
     return graph, kept, scale_fixes(graph, kept.size, pairs), after

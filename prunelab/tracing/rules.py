@@ -66,6 +66,22 @@ def matmul(call: Call) -> list[Dims]:
     return [out]
 
 
+def grouped_matmul(call: Call) -> list[Dims]:
+    """``[n, k] @ [e, k, m]``, each row with one of ``e`` matrices, as experts are computed; all of these stay."""
+    left, right = call.dims("self"), call.dims("mat2")
+    if len(left) != 2 or len(right) != 3 or call.get("bias") is not None:
+        return whole(call)
+    call.freeze([right[0]], "picks a matrix by number")
+    call.unify(left[1], right[1])
+    call.contract(left[1])
+    for operand, inner, outer in ((left, left[1], left[0]), (right, right[1], right[2])):
+        if any(dim.origins for dim in operand):
+            call.mark(inner, "consumes")
+            call.mark(outer, "produces")
+    call.count(2, left[0], left[1], right[2])
+    return [[left[0], right[2]]]
+
+
 def matvec(call: Call) -> list[Dims]:
     """Matrix times vector, or two vectors; what weights alone are multiplied to is not known to be free."""
     left = call.dims("mat" if call.name == "addmv" else "self")
@@ -173,6 +189,7 @@ RULES: dict[Rule, str] = {
     shapes.pixel_unshuffle: "pixel_unshuffle",
     shapes.channel_shuffle: "channel_shuffle",
     matmul: "mm bmm addmm baddbmm",
+    grouped_matmul: "_grouped_mm",
     matvec: "mv dot vdot addmv",
     layers.outer_product: "addr",
     layers.linear: "linear",

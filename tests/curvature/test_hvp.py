@@ -202,8 +202,8 @@ def test_bad_directions_are_named():
     for vectors, message in (
         ({"3.weight": torch.ones(1)}, "`3.weight` is not a parameter of Sequential"),
         ({"0.bias": torch.ones(4)}, "for `0.bias` has shape \\[4\\], the parameter \\[5\\]"),
-        ({"0.bias": torch.ones(2, 5), "2.weight": torch.ones(3, 3, 5)}, "equally many"),
-        ({}, "must be there"),
+        ({"0.bias": torch.ones(2, 5), "2.weight": torch.ones(3, 3, 5)}, "same number"),
+        ({}, "at least one"),
     ):
         with pytest.raises(pl.PruneLabError, match=message):
             hessian_product(model, batches, vectors)

@@ -54,3 +54,23 @@ def test_encodings_with_labels_are_batches(words):
     name = next(name for name, value in model.named_parameters() if value is weight)
     found = pl.collect(graph, given, {"grad"}).gradient[name]
     torch.testing.assert_close(found, gradients / count, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_that_share_one_tensor_become_narrower():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=64, num_hidden_layers=2, num_local_experts=4, **sizes)
+    model, tokens = transformers.MixtralForCausalLM(config).eval(), torch.arange(20).view(2, 10)
+    graph = pl.trace(model, {"input_ids": tokens})
+    if "grouped_mm" not in {op.name.lstrip("_") for op in graph.tape}:
+        pytest.skip("this PyTorch has no grouped products")
+    scores = pl.criteria.get("magnitude")(graph)
+    with pytest.raises(pl.PlanError, match="round_to"):
+        pl.apply(model, pl.plan(scores, params=0.7), backend="module")
+    plan = pl.plan(scores, params=0.7, round_to=4)
+    cut, silent = pl.apply(model, plan, backend="module"), pl.masked(model, plan)
+    widths = [layer.mlp.experts.down_proj.shape for layer in cut.model.layers]
+    assert any(shape[2] < 48 for shape in widths) and all(shape[1] < 32 for shape in widths)
+    with torch.no_grad():
+        torch.testing.assert_close(cut(tokens[:, :7]).logits, silent(tokens[:, :7]).logits, rtol=1e-4, atol=1e-5)
+    assert cut.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 12)
