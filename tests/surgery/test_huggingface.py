@@ -67,7 +67,7 @@ def test_experts_that_share_one_tensor_become_narrower():
     scores = pl.criteria.get("magnitude")(graph)
     with pytest.raises(pl.PlanError, match="round_to"):
         pl.apply(model, pl.plan(scores, params=0.7), backend="module")
-    plan = pl.plan(scores, params=0.7, round_to=4)
+    plan = pl.plan(scores, ratio=0.25, scope="layer", round_to=4)
     cut, silent = pl.apply(model, plan, backend="module"), pl.masked(model, plan)
     widths = [layer.mlp.experts.down_proj.shape for layer in cut.model.layers]
     assert any(shape[2] < 48 for shape in widths) and all(shape[1] < 32 for shape in widths)
