@@ -16,6 +16,7 @@ from functools import cache
 from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -285,6 +286,7 @@ class FunctionCall:
         averaged: axes over which it takes a mean or a variance.
         contracted: axes over which it adds entries up.
         writes: it changes one of the tensors that it was given.
+        view: what it returns are parts of what it was given, in the same memory: no entries meet.
     """
 
     name: str
@@ -293,9 +295,12 @@ class FunctionCall:
     averaged: tuple[Axis, ...]
     contracted: tuple[Axis, ...]
     writes: bool
+    view: bool = False
 
     def consumed(self) -> dict[int, Axis]:
         """Return the leaves, by ``id``, whose entries meet in this call: they are added up, or not in the result."""
+        if self.view:  # what a slice leaves out is still there, and code may write to what it took
+            return {}
         gone = leaves_of(axis for one in self.given for axis in one.axes)
         for key in leaves_of(axis for axes in self.made for axis in axes):
             gone.pop(key, None)
@@ -374,6 +379,7 @@ class WatchedCalls(Calls):
             tuple(self.axes.reduced),
             tuple(self.axes.contracted),
             versions != [_version(one) for one in given],
+            _are_views(made, given) and not self.axes.contracted and not self.axes.reduced,
         )
         number = any(isinstance(part, (int, float)) and part != 0 for part in _operands(name, args))
         silent = self._follows(call, number)
@@ -401,6 +407,17 @@ class WatchedCalls(Calls):
 def _operands(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what a function adds or writes, if it does one of these."""
     return args[2:] if name == "__setitem__" else args[:2]
+
+
+def _are_views(made: list[Tensor], given: list[Tensor]) -> bool:
+    """Tell whether tensors lie in the memory of others, none of which they are."""
+    memory = {one.untyped_storage()._cdata for one in given if one.layout is torch.strided}
+    return all(
+        one.layout is torch.strided
+        and one.untyped_storage()._cdata in memory
+        and not any(one is other for other in given)
+        for one in made
+    )
 
 
 def _version(tensor: Tensor) -> int:

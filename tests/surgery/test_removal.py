@@ -190,3 +190,36 @@ def test_a_statistic_that_is_not_known_is_refused_by_name():
     silent = pl.masked(model, random_plan(model, x))
     with pytest.raises(pl.PlanError, match="native_layer_norm"):
         silent(x)
+
+
+class Slots(nn.Module):
+    """Makes room for keys of two kinds and writes each into its part, as DeepSeek's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(6, 12), nn.Linear(6, 8)
+        self.place, self.last = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, place = self.key(x), self.place(x)
+        width = self.key.out_features
+        keys = plain.new_empty(*plain.shape[:-1], width + self.place.out_features)
+        keys[..., :width].copy_(plain)
+        keys[..., width:].copy_(place)
+        return self.last((self.query(x) @ keys.transpose(-1, -2)).softmax(-1) @ x)
+
+
+def test_a_slice_that_is_written_to_is_a_part_of_the_same_tensor():
+    torch.manual_seed(0)
+    model, x = Slots().double().eval(), torch.randn(2, 5, 6).double()
+    graph = pl.trace(model, x)
+    scores = pl.Scores(graph, {group.name: torch.arange(float(group.size)) for group in graph.groups}, "mine")
+    plan = pl.plan(scores, ratio=0.5, scope="layer")
+    assert sum(map(len, plan.removed.values())) >= 4
+    torch.use_deterministic_algorithms(True)  # room is filled with what is no number
+    try:
+        with torch.no_grad():
+            found, wanted = pl.masked(model, plan)(x), pl.apply(model, plan)(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
