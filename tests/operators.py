@@ -383,7 +383,7 @@ class Experts(nn.Module):
 
 
 if hasattr(torch, "_grouped_mm"):  # from PyTorch 2.8 on
-    OPERATORS.append(Operator("_grouped_mm", lambda: Between(Experts(), 0, WIDTH, (6,)), groups=2, dtype=torch.float32))
+    whole("_grouped_mm", lambda: Between(Experts(), 0, WIDTH, (6,)), groups=2, dtype=torch.float32)
 whole("mm addmm", lambda: Weighted(lambda: nn.Linear(WIDTH, 6, bias=False)), groups=2)
 rows("bmm baddbmm", lambda x, _: torch.baddbmm(x, x @ x.transpose(1, 2), x), shape=(2, 3))
 whole("_safe_softmax", lambda: Weighted(lambda: Attend(True)), groups=5)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import TraceError
+from prunelab.runtime.devices import forked_rng, raise_out_of_memory
 from prunelab.runtime.switches import ignoring
 from prunelab.tracing.trace import DependencyGraph, trace
 
@@ -53,6 +54,7 @@ def follow(model: nn.Module, before: Any, cut: DependencyGraph, inputs: Any) -> 
     found = _Search(model, before).run()
     if found is None:
         return False
+    _adopt(found.built, model)
     try:
         built = trace(found.built, inputs)
     except TraceError:
@@ -82,9 +84,19 @@ def _calls(graph: DependencyGraph) -> list[tuple[Any, ...]]:
     ]
 
 
+def _adopt(built: nn.Module, model: nn.Module) -> None:
+    """Give a model the tensors of another one whose modules have the same names: their types and devices too."""
+    for name, module in built.named_modules():
+        if module._parameters or module._buffers:
+            own = model.get_submodule(name)
+            module._parameters.update(own._parameters)
+            module._buffers.update(own._buffers)
+
+
 class _Search:
     def __init__(self, model: nn.Module, before: Any) -> None:
         self.kind, self.before, self.builds = type(model), before, 0
+        self.counts: dict[frozenset[tuple[Field, int]], tuple[int, int] | None] = {}
         self.wanted, self.numbers = _held(model)
         self.unsaved = _unsaved(model)
 
@@ -127,9 +139,7 @@ class _Search:
         own = _unsaved(built)
         pairs = [(tensor, own.get(name)) for name, tensor in self.unsaved.items()]
         return all(
-            other is not None
-            and "meta" not in (one.device.type, other.device.type)
-            and torch.equal(one.to(other), other)
+            other is not None and "meta" not in (one.device.type, other.device.type) and torch.equal(one, other.to(one))
             for one, other in pairs
         )
 
@@ -173,7 +183,12 @@ class _Search:
 
     def wrong(self, changes: dict[Field, int]) -> tuple[int, int] | None:
         """Return how many shapes and how many attributes are wrong; ``None`` if nothing is built."""
-        built = self.built(changes)
+        key = frozenset(changes.items())
+        if key not in self.counts:
+            self.counts[key] = self._count(self.built(changes))
+        return self.counts[key]
+
+    def _count(self, built: nn.Module | None) -> tuple[int, int] | None:
         if built is None:
             return None
         shapes, numbers = _held(built)
@@ -198,9 +213,11 @@ class _Search:
         try:
             for (path, name), value in changes.items():
                 setattr(_holder(config, path), name, value)
-            with ignoring(), _WithoutWeights() if buffers else torch.device("meta"), torch.no_grad():
+            where = _WithoutWeights() if buffers else torch.device("meta")
+            with ignoring(), forked_rng(torch.device("cpu")), where, torch.no_grad():
                 return self.kind(config).eval()
-        except Exception:  # the class refuses these numbers, each in its own way
+        except Exception as error:  # the class refuses these numbers, each in its own way
+            raise_out_of_memory(error)
             return None
 
 

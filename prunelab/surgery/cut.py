@@ -15,7 +15,6 @@ from prunelab.errors import PlanError, TraceError
 from prunelab.kept import Kept, masks, open_plan
 from prunelab.plans import PLANS, Plan
 from prunelab.runtime.isolation import copied
-from prunelab.runtime.switches import uncollected
 from prunelab.surgery.agreement import example_for
 from prunelab.surgery.config import follow, is_configured
 from prunelab.surgery.constants import ScaleFix, scale_fixes
@@ -40,8 +39,17 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
     """
     touched = {name for part in plan.cuts for name, _ in part.members}
     config = copy.deepcopy(model.config) if is_configured(model) else None
-    with uncollected:  # a tenth of a cut: tens of thousands of objects are made, and needed to the end
-        graph, kept, fixes, after = _rehearsed(model, plan, touched)
+    rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
+    graph, kept = open_plan(rehearsal, plan)
+    cut_down(rehearsal, graph, kept, ())
+    try:
+        after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
+    except TraceError as error:
+        aligned = " Its kernel wants such widths: plan with round_to=8." if "multiple of 16 bytes" in str(error) else ""
+        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}{aligned}") from error
+    pairs = compare(graph, after, kept.size)
+    compare_integers(graph, after, kept, pairs)
+    fixes = scale_fixes(graph, kept.size, pairs)
     target = None
     if check and (example := example_for(model, plan, graph, kept)) is not None:
         target = free(fakes.forget(copied(model)), touched)
@@ -56,23 +64,6 @@ def cut(model: nn.Module, plan: Plan, *, inplace: bool, compensate: How, check: 
     setattr(target, PLANS, [*getattr(model, PLANS, []), plan])
     warn_of_unused(model, graph, kept.size)
     return target
-
-
-def _rehearsed(
-    model: nn.Module, plan: Plan, touched: set[str]
-) -> tuple[DependencyGraph, Kept, tuple[ScaleFix, ...], DependencyGraph]:
-    """Cut a fake copy; return the trace before, what stays, what is to be scaled, and the trace of what is left."""
-    rehearsal = free(fakes.fake_model(model, fakes.fake_mode()), touched)
-    graph, kept = open_plan(rehearsal, plan)
-    cut_down(rehearsal, graph, kept, ())
-    try:
-        after = trace(rehearsal, fakes.recall_inputs(plan.inputs))
-    except TraceError as error:
-        aligned = " Its kernel wants such widths: plan with round_to=8." if "multiple of 16 bytes" in str(error) else ""
-        raise PlanError(f"The cut {type(model).__name__} does not run, so nothing was cut: {error}{aligned}") from error
-    pairs = compare(graph, after, kept.size)
-    compare_integers(graph, after, kept, pairs)
-    return graph, kept, scale_fixes(graph, kept.size, pairs), after
 
 
 def cut_down(

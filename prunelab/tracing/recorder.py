@@ -315,11 +315,6 @@ class Recorder(TorchDispatchMode):
             module._forward_hooks[_OWN_HOOK] = leave
             module._forward_hooks_always_called[_OWN_HOOK] = True
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spare every call the guard against torch.compile, which never meets this mode: a thirtieth of a trace."""
-        return False
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

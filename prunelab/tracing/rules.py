@@ -41,6 +41,14 @@ from prunelab.tracing.rules_entries import (
 # ── contractions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _mark_operands(call: Call, left: Dims, right: Dims) -> None:
+    """Say which dimension of a weight a product adds up, and which is that of its result."""
+    for operand, inner, outer in ((left, left[-1], left[-2]), (right, right[-2], right[-1])):
+        if any(dim.origins for dim in operand):
+            call.mark(inner, "consumes")
+            call.mark(outer, "produces")
+
+
 def matmul(call: Call) -> list[Dims]:
     """``[…, n, k] @ […, k, m]``: the inner axes are the same, and disappear."""
     names = {"mm": ("self", "mat2"), "bmm": ("self", "mat2")}.get(call.name)
@@ -49,10 +57,7 @@ def matmul(call: Call) -> list[Dims]:
     batch = [merge(call, [one, two]) for one, two in zip(left[:-2], right[:-2], strict=True)]
     call.unify(left[-1], right[-2])
     call.contract(left[-1])
-    for operand, inner, outer in ((left, left[-1], left[-2]), (right, right[-2], right[-1])):
-        if any(dim.origins for dim in operand):
-            call.mark(inner, "consumes")
-            call.mark(outer, "produces")
+    _mark_operands(call, left, right)
     if not any(dim.origins for dim in (*left, *right)):
         layers.label(left[-1], "head_width")
         for dim in batch:
@@ -74,10 +79,7 @@ def grouped_matmul(call: Call) -> list[Dims]:
     call.freeze([right[0]], "picks a matrix by number")
     call.unify(left[1], right[1])
     call.contract(left[1])
-    for operand, inner, outer in ((left, left[1], left[0]), (right, right[1], right[2])):
-        if any(dim.origins for dim in operand):
-            call.mark(inner, "consumes")
-            call.mark(outer, "produces")
+    _mark_operands(call, left, right)
     call.count(2, left[0], left[1], right[2])
     return [[left[0], right[2]]]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import prunelab as pl
 from tests.cases import perturb, random_plan
 
-NAMES = tuple(name for name in pl.zoo.MODELS if name != "resnet32")  # resnet20, only deeper
+NAMES = tuple(pl.zoo.MODELS)
 SIZES = dict.fromkeys(NAMES, 16) | {"vit_small": 32}  # its position embedding knows the size
 
 

@@ -60,15 +60,19 @@ def numbers(model: nn.Module) -> dict[str, Any]:
     ],
     ids=["grouped heads", "tied embeddings", "a number that the class worked out", "other names"],
 )
-def test_what_is_saved_is_loaded_without_prunelab(kind, sizes, changed, tmp_path):
-    model = causal(kind, **sizes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_saved_is_loaded_without_prunelab(kind, sizes, changed, dtype, tmp_path):
+    causal(kind, **sizes).to(dtype).save_pretrained(tmp_path / "whole")  # in its own type, with buffers in theirs
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype).eval()
     before = numbers(model)
+    state = torch.get_rng_state()
     cut = small(model)
+    assert torch.equal(torch.get_rng_state(), state)
     now = numbers(cut)
     assert {key: value for key, value in now.items() if before.get(key) != value} == changed
     assert numbers(model) == before
-    cut.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    cut.save_pretrained(tmp_path / "cut")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=dtype).eval()
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, cut(TOKENS).logits)
 
